@@ -11,7 +11,9 @@ FOLDER = Path("workers/nn/native")
 SOURCES = (
     "module",
     "base",
+    "repack",
     "avx2",
+    "avx2_half",
     "avx2_quantized",
     "avx512",
     "avx512_bf16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.config import Config
 from pipeline.config.api import ApiConfig
 
 logger = logging.getLogger(__name__)
+SERVING = re.compile(r"Serving at (\S+)/v1")  # how the line with the address begins
 
 
 def announce(config: Config, model: Model, run_dir: Path, port: int) -> None:

@@ -12,8 +12,10 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from launcher.adapters import check_adapters
 from launcher.api_keys import VARIABLE, hide, with_keys
@@ -23,11 +25,14 @@ from launcher.doctor.command import examine
 from launcher.environment import PLACES_OF_HUBS, cache_folder, home_folder, run_dir_base, workers_environment
 from launcher.gpu_sharing import gpu_sharing
 from launcher.memory import warn_of_memory
+from launcher.node_address import with_addresses
+from launcher.node_agent import NodeAgent
+from launcher.node_environment import Node, read_node
 from launcher.picture_size import limit_pictures
 from launcher.run_dir import RunDir
 from launcher.service_manager import VARIABLE as MANAGER
 from launcher.service_manager import ServiceManager
-from launcher.stored_weights import check_weights
+from launcher.stored_weights import check_files, check_weights
 from launcher.supervisor import Supervisor
 from pipeline.config import Config
 from pipeline.config.tls import ssl_context
@@ -76,10 +81,22 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[object]
     )  # fmt: skip
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """Exits with a message that names the option when one is unknown or out of range."""
+def parse(arguments: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Exits with a message that names the option when one is unknown or out of range.
+
+    The environment says which node this is where there is a token, and no --nnodes: so whatever else starts
+    processes on several nodes changes nothing.
+    """
     parser = build_parser()
+    parser.set_defaults(nnodes=None)
     values = vars(parser.parse_args(arguments))
+    if values["nnodes"] is None:
+        values["nnodes"] = 1
+        if values["node_token_file"]:
+            try:
+                _take_node(values, read_node(environment))
+            except ValueError as error:
+                parser.error(str(error))
     parts = {}
     for section in dataclasses.fields(Config):
         role = typing.get_type_hints(Config)[section.name]
@@ -92,7 +109,19 @@ def parse(arguments: Sequence[str]) -> Config:
             )
         except ValueError as error:
             parser.error(str(error))
-    return Config(**parts)
+    try:
+        return Config(**parts)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _take_node(values: dict[str, Any], node: Node | None) -> None:
+    if node is None:
+        return
+    values.update(nnodes=node.nnodes, node_rank=node.node_rank)
+    values["master_addr"] = values["master_addr"] or node.master_addr
+    if node.master_port is not None:
+        values["master_port"] = node.master_port
 
 
 def examine_machine(arguments: Sequence[str]) -> int:
@@ -100,11 +129,20 @@ def examine_machine(arguments: Sequence[str]) -> int:
     return examine(arguments, os.environ)
 
 
+def place(config: Config) -> int:
+    """Has others start the launchers, and returns when they have ended."""
+    from launcher.ray_placement import RayPlacement  # here: few have Ray
+
+    return RayPlacement(config, {VARIABLE: os.environ.pop(VARIABLE, "")}, Path.cwd()).run()
+
+
 def main(arguments: Sequence[str]) -> int:
-    config = parse(arguments)
+    config = parse(arguments, os.environ)
     hide([key for key in (*config.api.api_key, config.api.admin_key, config.preprocess.media_proxy) if key])
     log.configure("launcher", config.launcher.log_level)
     try:
+        if config.cluster.is_placed:
+            return place(config)
         # Removed from the environment: workers do not need them.
         config = dataclasses.replace(config, api=with_keys(config.api, os.environ.pop(VARIABLE, "")))
         manager = ServiceManager(os.environ.pop(MANAGER, ""))
@@ -115,9 +153,11 @@ def main(arguments: Sequence[str]) -> int:
             os.environ["HOME"] = config.launcher.cache_dir  # where hubs' clients keep downloads
         can_keep = home is not None or any(os.environ.get(name) for name in ("HOME", *PLACES_OF_HUBS))
         check_available(config.launcher.otlp_traces_endpoint)
+        config = dataclasses.replace(config, cluster=with_addresses(config.cluster))
         check_names(config.api.tool_call_parser, config.api.reasoning_parser)
         model = find_model(config.model, can_keep)
         check_weights(config, model.folder)
+        check_files(model.folder)
         base = Path("/") if config.launcher.run_dir else run_dir_base(os.environ, Path(tempfile.gettempdir()))
         with RunDir(config.launcher.run_dir, base) as run_dir:
             cache = cache_folder(config.launcher.cache_dir, os.environ, home, run_dir)
@@ -128,7 +168,8 @@ def main(arguments: Sequence[str]) -> int:
             config = check_adapters(config, model.folder)
             warn_of_memory(config, model.folder)
             with gpu_sharing(config, run_dir, workers_environment(os.environ, home, cache)) as environment:
-                return Supervisor(config, model, run_dir, environment, manager).run()
+                launcher = Supervisor if config.cluster.is_head else NodeAgent
+                return launcher(config, model, run_dir, environment, manager).run()
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1

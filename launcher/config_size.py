@@ -6,17 +6,27 @@ import dataclasses
 
 import msgspec
 
+from launcher.members import all_workers, doors_of
 from pipeline.config import Config
 from pipeline.process.fork_server import MAX_REQUEST
 
 # Of that message, for what else is in it: 1024 quarantined requests take 10 KiB, 512 cores 3 KiB.
 OTHERS_BYTES = 14 << 10
 LONG = 1 << 10  # bytes from which on an option is named
+# Where there are several nodes: names and epochs; a door's label and its url, of an IPv6 address.
+WORKER_BYTES, DOOR_BYTES = 32, 72
+
+
+def _bytes_of_nodes(config: Config) -> int:
+    if not config.cluster.has_nodes:
+        return 0
+    return sum(WORKER_BYTES + DOOR_BYTES * len(doors_of(worker, config)) for worker in all_workers(config))
 
 
 def check_size(config: Config) -> None:
     """Raises ValueError, which names the long options."""
-    size, limit = len(msgspec.msgpack.encode(config)), MAX_REQUEST - OTHERS_BYTES
+    of_nodes = _bytes_of_nodes(config)
+    size, limit = len(msgspec.msgpack.encode(config)), MAX_REQUEST - OTHERS_BYTES - of_nodes
     if size <= limit:
         return
     sizes = {
@@ -28,4 +38,6 @@ def check_size(config: Config) -> None:
     longest = sorted((name for name in sizes if sizes[name] >= LONG), key=lambda name: -sizes[name])
     named = ", ".join(f"{name} has {sizes[name]}" for name in longest)
     what = f"all options together may have {limit} bytes, because each worker gets them in one message"
+    if of_nodes:
+        what += f" with the addresses of {config.cluster.nnodes} nodes"
     raise ValueError(f"{what}; they have {size}: {named}" if named else f"{what}; they have {size}")

@@ -28,6 +28,13 @@ NAMES_OF_USER = (
 # Variables that tell clients of hubs where to keep files.
 PLACES_OF_HUBS = ("HF_HOME", "HF_HUB_CACHE", "MODELSCOPE_CACHE", "XDG_CACHE_HOME")
 
+UCX_OVER_TCP = {
+    "UCX_TCP_TX_SEG_SIZE": "1m",
+    "UCX_TCP_RX_SEG_SIZE": "1m",
+    "UCX_TCP_SNDBUF": "4m",
+    "UCX_TCP_RCVBUF": "4m",
+}
+
 
 def _entry_home() -> str:
     return pwd.getpwuid(os.getuid()).pw_dir
@@ -98,6 +105,9 @@ def workers_environment(
     step. The count bridges two operations of a step, some ten microseconds. One thread for NumPy's library,
     which starts its threads when it is loaded; each worker sets its own number later.
 
+    UCX (which NIXL uses between nodes) sends pieces of 8 KiB over tcp, if nobody says otherwise: a thread is
+    woken for each at both ends.
+
     Without a home, or a user's name, libraries that keep compiled kernels (Triton, torch, the driver) fail
     or write into the working directory: the cache folder becomes their home, and the uid the name.
     """
@@ -112,6 +122,7 @@ def workers_environment(
             inherited["USER"] = f"uid{os.getuid()}"
     return {
         "GLOO_SOCKET_IFNAME": "lo",
+        **UCX_OVER_TCP,
         **inherited,
         "GLIBC_TUNABLES": f"{tunables}:{users}" if users else tunables,
         "GOMP_SPINCOUNT": "10000",

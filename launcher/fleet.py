@@ -12,7 +12,12 @@ from pipeline.wire.base import PoolClosed
 from pipeline.wire.control import StatusMessage, WorkerState
 from pipeline.wire.topology import Role, WorkerId
 
-MAPPERS = {Role.VIT: Role.LLM, Role.PREPROCESS: Role.VIT}  # by the owner of a pool: the role that maps it
+# By the owner of a pool: the roles that map it.
+MAPPERS: dict[Role, tuple[Role, ...]] = {
+    Role.VIT: (Role.LLM, Role.CARRIER),
+    Role.PREPROCESS: (Role.VIT, Role.CARRIER),
+    Role.CARRIER: (Role.LLM, Role.VIT),
+}
 
 
 class Fleet:
@@ -35,11 +40,21 @@ class Fleet:
 
     @property
     def is_started(self) -> bool:
-        return all(unit.has_served for unit in self.units)
+        return self._has_group and all(unit.has_served for unit in self.present)
 
     @property
     def is_serving(self) -> bool:
-        return all(unit.is_serving for unit in self.units)
+        return self._has_group and all(unit.is_serving for unit in self.present)
+
+    @property
+    def present(self) -> list[Unit]:
+        """Units whose nodes have joined."""
+        return [unit for unit in self.units if not unit.is_absent]
+
+    @property
+    def _has_group(self) -> bool:
+        """Whether some node has an LLM: without one there is nothing to serve."""
+        return any(unit.role is Role.LLM for unit in self.present)
 
     def epochs(self) -> dict[str, int]:
         return {str(worker): unit.epoch for worker, unit in self._unit_of.items()}
@@ -61,10 +76,20 @@ class Fleet:
 
     def is_idle(self, since: float, *others: WorkerId) -> bool:
         """Whether preprocess, all groups and `others` have reported since then that no request is open."""
-        reporters = [WorkerId(Role.PREPROCESS), *self._groups, *others]
+        groups = [lead for lead in self._groups if not self._unit_of[lead].is_absent]
+        reporters = [WorkerId(Role.PREPROCESS), *groups, *others]
         children = [self._unit_of[worker].children.get(worker) for worker in reporters]
         return all(
             child and child.stats and child.stats_time > since and not child.stats.num_open_requests
+            for child in children
+        )
+
+    def is_idle_at(self, node: int, since: float) -> bool:
+        """Whether the groups of a node have reported since then that no request is open."""
+        leads = [lead for lead in self._groups if node in self._unit_of[lead].nodes]
+        children = [self._unit_of[lead].children.get(lead) for lead in leads]
+        return all(
+            child is None or (child.stats and child.stats_time > since and not child.stats.num_open_requests)
             for child in children
         )
 
@@ -91,8 +116,8 @@ class Fleet:
 
     def on_reaped(self, dead: Unit, now: float, executed: tuple[bytes, ...]) -> None:
         mappers = {
-            child.worker for unit in self.units if unit.is_serving
-            for child in unit.children.values() if child.worker.role is MAPPERS.get(dead.role)
+            child.worker for unit in self.units if unit.is_serving and set(unit.nodes) & set(dead.nodes)
+            for child in unit.children.values() if child.worker.role in MAPPERS.get(dead.role, ())
         }  # fmt: skip
         dead.on_reaped(now, executed, mappers)
         for unit in self.units:

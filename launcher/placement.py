@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.process.process import Placement
 from pipeline.wire.topology import Role, WorkerId
@@ -13,11 +13,14 @@ from pipeline.wire.topology import Role, WorkerId
 ENOUGH = 0.75
 
 
-def workers(num_vits: int, num_ranks: int, has_gateway: bool = False) -> list[WorkerId]:
+def workers(
+    num_vits: int, num_ranks: int, has_gateway: bool = False, num_carriers: int = 0
+) -> list[WorkerId]:
     """All workers of a pipeline, in the order in which they are started."""
     return [
         *(WorkerId(Role.LLM, rank) for rank in range(num_ranks)),
         *(WorkerId(Role.VIT, index) for index in range(num_vits)),
+        *(WorkerId(Role.CARRIER, node) for node in range(num_carriers)),
         WorkerId(Role.PREPROCESS),
         WorkerId(Role.API),
         *([WorkerId(Role.GATEWAY)] if has_gateway else []),
@@ -60,7 +63,7 @@ def place(
                 wide = _share(cores, index, count).cores
                 share = dataclasses.replace(share, wide_cores=wide, takes_turns=takes_turns)
             placement[WorkerId(role, index)] = share
-    for role in (Role.PREPROCESS, Role.API, Role.GATEWAY):
+    for role in (Role.PREPROCESS, Role.API, Role.GATEWAY, Role.CARRIER):
         placement[WorkerId(role)] = Placement(cores=tuple(cores), num_threads=len(cores))
     return placement
 
@@ -70,3 +73,14 @@ def _share(cores: Sequence[int], index: int, count: int) -> Placement:
         return Placement(cores=tuple(cores), num_threads=1, device=index)
     own = tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
     return Placement(cores=own, num_threads=len(own), device=index)
+
+
+def by_global_rank(
+    placement: Mapping[WorkerId, Placement], workers: Sequence[WorkerId]
+) -> dict[WorkerId, Placement]:
+    """The placement of one node's workers, whose ranks are among those of all nodes."""
+    found: dict[WorkerId, Placement] = {}
+    for role in Role:
+        own = sorted(worker for worker in workers if worker.role is role)
+        found.update({worker: placement[WorkerId(role, index)] for index, worker in enumerate(own)})
+    return found

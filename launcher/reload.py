@@ -116,6 +116,7 @@ class Reload:
         is_waiting = self.waits_since is not None
         if not self.state.is_running or is_waiting or not all(unit.is_serving for unit in units):
             return None
+        self._queue = [unit for unit in self._queue if not unit.is_absent]
         if self._queue:
             return self._queue.pop(0)
         logger.info("reload: done")

@@ -20,14 +20,16 @@ from launcher.environment import BRIEF_CACHE, MAX_SOCKET_NAME
 from pipeline.process.core_sharing import FILE as ACTIVITY
 from pipeline.process.flight_recorder import PREFIX as FLIGHT
 from pipeline.process.liveness import LOCK
+from pipeline.transport.cluster import SPEC_FILE
 from pipeline.wire.topology import EDGES, MAX_IPC_PATH
 
 LOCK_TRIES, LOCK_PAUSE_S = 5, 0.02
 EDGE_NAMES = "|".join(edge.name for edge in EDGES)
-# Sockets by edge, rank and epoch; rendezvous files of ranks; core sharing and its bells; flight recorders.
+# Sockets by edge, rank and epoch; rendezvous files of ranks; core sharing and its bells; flight recorders;
+# what clients need for other nodes.
 OURS = re.compile(
     rf"(?:{EDGE_NAMES})(?:\.\d+){{0,2}}|ranks\.\d+\.\d+|{ACTIVITY}(?:\.[a-z]+\.\d+)?"
-    rf"|{re.escape(FLIGHT)}[a-z]+\.\d+"
+    rf"|{re.escape(FLIGHT)}[a-z]+\.\d+|{SPEC_FILE}"
 )
 
 

@@ -24,13 +24,13 @@ from launcher.audience import Audience
 from launcher.checkpoints import Model
 from launcher.fleet import Fleet
 from launcher.listening import listen
-from launcher.placement import workers
+from launcher.machines import Machines
+from launcher.members import all_workers, node_spec
 from launcher.progress import StartProgress
 from launcher.quarantine import QuarantineRecord
 from launcher.reload import Reload
 from launcher.service_manager import ALIVE, READY, STOPPING, ServiceManager
-from launcher.spawner import Spawner
-from launcher.units import Child, Phase, Unit, has_moved, units
+from launcher.units import Child, Phase, Unit, units
 from pipeline.adapters import named_folders
 from pipeline.config import Config
 from pipeline.transport.ends import Publisher, Receiver
@@ -79,14 +79,14 @@ class Supervisor:
         """`environment` is the workers'."""
         self._config, self._model, self._run_dir, self._manager = config, model, run_dir, manager
         self._listening: list[socket.socket] = []
-        members = workers(config.num_vits, config.num_ranks, config.has_gateway)
-        self._fleet = Fleet(units(members, config.llm.tp), config.leads)
+        node_of = node_spec(config).node_of
+        self._fleet = Fleet(units(all_workers(config), config.llm.tp, node_of), config.leads)
         self._sockets = Sockets(run_dir, {})
         self._status: Receiver[StatusMessage] = self._sockets.receiver(STATUS)
         self._control: Publisher[ControlMessage] = self._sockets.publisher(CONTROL)
         self._wakeup = Wakeup()
-        self._spawner = Spawner(config, model.folder, run_dir, environment, self._fleet.workers)
-        self._poller = Poller(self._status, self._control, self._wakeup, self._spawner)
+        self._machines = Machines(config, model.folder, run_dir, environment, self._fleet)
+        self._poller = Poller(self._status, self._control, self._wakeup, *self._machines.sources)
         self._quarantine = QuarantineRecord()
         self._reload = Reload(model.folder, tuple(named_folders(config.model.lora).values()))
         self._audience = Audience()
@@ -105,7 +105,7 @@ class Supervisor:
         reason = ""
         try:
             self._listening = listen(self._config.api.host, self._config.api.port)
-            self._spawner.start()
+            self._machines.start()
             if self._model.notice:
                 logger.info("%s", self._model.notice)
             self._wait_until(lambda: self._fleet.is_serving)
@@ -141,7 +141,7 @@ class Supervisor:
         self._bind_again()  # the new worker connects to these sockets
         now = time.monotonic()
         quarantined = self._quarantine.quarantined(now)
-        unit.begin(self._spawner.fork(unit, self._fleet.epochs(), quarantined, self._listening), now)
+        unit.begin(self._machines.fork(unit, quarantined, self._listening), now)
 
     # Watch.
 
@@ -156,7 +156,7 @@ class Supervisor:
             self._watch_units()
             self._watch_reload()
             has_new = any(event.is_new for event in self._control.subscriptions())
-            if has_new or time.monotonic() >= self._heartbeat_due:
+            if has_new or self._machines.has_news or time.monotonic() >= self._heartbeat_due:
                 self._bind_again()
                 self._publish_state()
                 self._kill_the_hung()
@@ -182,56 +182,61 @@ class Supervisor:
         self._manager.tell(ALIVE)
         for report in self._fleet.reports(now):
             logger.info("%s", report)
-        if not self._control.publish(
-            PipelineState(
-                workers=self._fleet.states(now),
-                leads=self._config.leads,
-                is_draining=self._is_draining,
-                retiring=tuple(
-                    (child.worker, child.epoch)
-                    for child in self._retired
-                    if self._fleet.unit_of(child.worker).is_serving
-                ),
-                end=end,
-                reload=self._reload.state,
-                quarantined=self._quarantine.quarantined(now),
-                is_watched=self._audience.is_there(now),
-            )
-        ):
+        state = PipelineState(
+            workers=self._fleet.states(now),
+            leads=self._config.leads,
+            is_draining=self._is_draining,
+            retiring=tuple(
+                (child.worker, child.epoch)
+                for child in self._retired
+                if self._fleet.unit_of(child.worker).is_serving
+            ),
+            end=end,
+            reload=self._reload.state,
+            quarantined=self._quarantine.quarantined(now),
+            nodes=self._machines.states(),
+            is_watched=self._audience.is_there(now),
+        )
+        if not self._control.publish(state):
             logger.debug("a subscriber of the control edge lags behind")
+        self._machines.publish(state)
 
     def _read_status(self) -> None:
         while (received := self._status.receive()) is not None:
-            message = received.message
-            if (sender := self._fleet.sender_of(message)) is None:
-                continue
-            unit, child = sender
-            unit.news_at = now = time.monotonic()
-            match message:
-                case WorkerReady():
-                    child.ready, child.moved_at = message, now
-                    logger.debug("%s is ready %s", child.worker, message.details)
-                    self._progress.on_ready(str(child.worker))
-                    self._on_ready(unit, message)
-                case WorkerStats():
-                    child.stats, child.stats_time = message, now
-                    if child.ready is None and not unit.has_served:
-                        self._progress.show(str(child.worker), message.phase, message.done, message.total)
-                case ReloadRequested():
-                    self._num_hangups += 1
-                case KillRequested(worker=worker):
-                    self._kill(worker)
-                case LanesWatched(seconds=seconds):
-                    if self._audience.hear(seconds, now):
-                        self._heartbeat_due = 0.0
-                case FirstTokenYielded(digest=digest):
-                    self._quarantine.clear(digest)
-                case WorkerFailed():
-                    child.error, child.error_time = message.error, now
-                case PoolClosed():
-                    self._fleet.on_pool_closed(message)
-                case _:
-                    assert_never(message)
+            self._on_status(received.message)
+        for message in self._machines.hear(time.monotonic()):
+            self._on_status(message)
+
+    def _on_status(self, message: StatusMessage) -> None:
+        if (sender := self._fleet.sender_of(message)) is None:
+            return
+        unit, child = sender
+        unit.news_at = now = time.monotonic()
+        match message:
+            case WorkerReady():
+                child.ready, child.moved_at = message, now
+                logger.debug("%s is ready %s", child.worker, message.details)
+                self._progress.on_ready(str(child.worker))
+                self._on_ready(unit, message)
+            case WorkerStats():
+                child.stats, child.stats_time = message, now
+                if child.ready is None and not unit.has_served:
+                    self._progress.show(str(child.worker), message.phase, message.done, message.total)
+            case ReloadRequested():
+                self._num_hangups += 1
+            case KillRequested(worker=worker):
+                self._kill(worker)
+            case LanesWatched(seconds=seconds):
+                if self._audience.hear(seconds, now):
+                    self._heartbeat_due = 0.0
+            case FirstTokenYielded(digest=digest):
+                self._quarantine.clear(digest)
+            case WorkerFailed():
+                child.error, child.error_time = message.error, now
+            case PoolClosed():
+                self._fleet.on_pool_closed(message)
+            case _:
+                assert_never(message)
 
     def _kill(self, worker: WorkerId) -> None:
         """What follows is as for any death."""
@@ -254,7 +259,7 @@ class Supervisor:
 
     def _watch_units(self) -> None:
         """Checks every unit: has it died, is it reaped, is its successor due, is its start late?"""
-        if not self._spawner.read():
+        if not self._machines.read():
             raise CannotStart("the fork server has ended, and with it every worker")
         now = time.monotonic()
         for unit in self._fleet.units:
@@ -278,7 +283,7 @@ class Supervisor:
     def _on_late(self, unit: Unit) -> None:
         """Raises CannotStart for a unit that has never served."""
         reason = f"{unit.late_members()} did not become ready: no progress for {START_TIMEOUT_S:.0f} s"
-        if not unit.has_served:
+        if not unit.has_served and not self._machines.expel(unit, reason, time.monotonic()):
             raise CannotStart(reason)
         logger.error("%s: killed", reason)
         unit.kill()
@@ -288,14 +293,14 @@ class Supervisor:
         if self._num_hangups:
             self._num_hangups = 0
             is_possible = self._fleet.is_started and not self._is_draining
-            self._reload.begin(self._fleet.units, is_possible, time.monotonic())
+            self._reload.begin(self._fleet.present, is_possible, time.monotonic())
             self._heartbeat_due = 0.0
         self._retired = [child for child in self._retired if child.process.exit_code is None]
         if self._is_draining:
             return
         if self._reload.waits_since is not None:
             self._close_groups(self._reload.waits_since)
-        if (unit := self._reload.next(self._fleet.units)) is None:
+        if (unit := self._reload.next(self._fleet.present)) is None:
             return
         if unit.role is Role.API:  # the successor comes first: connections end with their endpoint
             self._retired += unit.children.values()
@@ -315,6 +320,7 @@ class Supervisor:
         """Clients end a request that has tokens of the generation before."""
         logger.info("the weights in %s are new: ViTs and LLMs are replaced", self._model.folder)
         self._reload.take_new_weights()
+        self._machines.on_new_weights(self._model.folder)
         now = self._heartbeat_due = time.monotonic()
         self._fleet.replace_weights(now)
 
@@ -326,15 +332,16 @@ class Supervisor:
             for child in unit.children.values():  # a rank may end because of another that is not reaped yet
                 child.process.wait(OTHERS_END_S)
         code, reason = unit.first_death()
-        if unit.on_death(now, code, self._spawner.has_worked(unit)):
+        if unit.on_death(now, code, self._machines.has_worked(unit)):
             if (num_failed := unit.num_failed_starts) > 1:
                 reason += f" ({num_failed} starts in a row have failed)"
-            raise CannotStart(reason)
+            if not self._machines.expel(unit, reason, now):
+                raise CannotStart(reason)
         logger.error("%s: it is replaced", reason)
         unit.kill()
 
     def _on_reaped(self, unit: Unit, now: float) -> None:
-        self._fleet.on_reaped(unit, now, self._spawner.clean_up(unit))
+        self._fleet.on_reaped(unit, now, self._machines.clean_up(unit))
         # Before the death is published: no client may resubmit before the digests are quarantined.
         self._quarantine.add(unit.role, unit.executed, now)
         self._publish_state()
@@ -345,7 +352,7 @@ class Supervisor:
         now = time.monotonic()
         serving = [unit for unit in self._fleet.units if unit.is_serving]
         for child in [child for unit in serving for child in unit.children.values()]:
-            if not has_moved(child, self._spawner.recorder_of(child.worker), now, patience_s):
+            if self._machines.has_hung(child, now, patience_s):
                 logger.error("%s has not moved on for %.0f s: killed", child.worker, now - child.moved_at)
                 child.process.kill()
 
@@ -378,7 +385,7 @@ class Supervisor:
 
     def _stop(self, reason: str) -> None:
         self._publish_state(end=reason)
-        self._spawner.stop([*self._retired, *self._fleet.children])
+        self._machines.stop([*self._retired, *self._fleet.children])
         self._sockets.close()
         for listening in self._listening:
             listening.close()

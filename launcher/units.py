@@ -8,12 +8,11 @@ from __future__ import annotations
 import enum
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pipeline.process.flight_recorder import FlightRecorder
-from pipeline.process.fork_server import WorkerProcess
 from pipeline.wire.control import WorkerReady, WorkerState, WorkerStats
 from pipeline.wire.metrics import Metric, Number
 from pipeline.wire.topology import Role, WorkerId
@@ -34,13 +33,27 @@ class Phase(enum.Enum):
     DOWN = "down"
 
 
+class Process(Protocol):
+    """A worker's process, here or on another node."""
+
+    exit_code: int | None  # None while it lives; negative: the signal that killed it
+
+    @property
+    def pid(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout_s: float | None = None) -> bool: ...
+
+
 @dataclass(slots=True, eq=False)
 class Child:
     """One incarnation of a worker."""
 
     worker: WorkerId
     epoch: int
-    process: WorkerProcess
+    process: Process
+    urls: dict[str, str] = field(default_factory=dict)  # as in `WorkerState`
     ready: WorkerReady | None = None
     stats: WorkerStats | None = None
     stats_time: float = 0.0
@@ -60,6 +73,8 @@ class Unit:
     """Workers that start and end together: all ranks of an LLM group, or one worker of another role."""
 
     members: tuple[WorkerId, ...]
+    nodes: tuple[int, ...] = (0,)  # of its members
+    is_absent: bool = False  # a node of it has not joined, or has left: it has no successor
     children: dict[WorkerId, Child] = field(default_factory=dict)
     phase: Phase = Phase.DOWN
     epoch: int = FIRST_EPOCH
@@ -117,10 +132,11 @@ class Unit:
         return [self._state_of(worker, ready.get(worker), now) for worker in self.members]
 
     def _state_of(self, worker: WorkerId, ready: WorkerReady | None, now: float) -> WorkerState:
+        urls = self.children[worker].urls if worker in self.children else {}
         if ready is None:
-            return WorkerState(worker, self.epoch, False, 0, self.executed)
+            return WorkerState(worker, self.epoch, False, 0, self.executed, urls=urls)
         load = _load_of(self.children[worker], now)
-        return WorkerState(worker, self.epoch, True, ready.credits, self.executed, *load)
+        return WorkerState(worker, self.epoch, True, ready.credits, self.executed, *load, urls=urls)
 
     def begin(self, children: Sequence[Child], now: float) -> None:
         self.children = {child.worker: child for child in children}
@@ -217,7 +233,7 @@ class Unit:
 
     def wakes_at(self) -> float:
         """When the successor is to start, if no pool is unmapped before."""
-        if self.phase is not Phase.DOWN:
+        if self.phase is not Phase.DOWN or self.is_absent:
             return math.inf
         return max(self.due, self.died_at + MAX_UNMAP_S) if self.unmapping else self.due
 
@@ -232,13 +248,14 @@ def _load_of(child: Child, now: float) -> tuple[int, dict[str, Number], float, t
     return stats.num_open_requests, {**details, **stats.counters}, silent_s, stats.metrics
 
 
-def units(workers: Sequence[WorkerId], tp: int) -> list[Unit]:
+def units(
+    workers: Sequence[WorkerId], tp: int, node_of: Callable[[WorkerId], int] = lambda worker: 0
+) -> list[Unit]:
     """One for all LLM ranks of a group, since a collective cannot lose a member; one for any other worker."""
     ranks = sorted(worker for worker in workers if worker.role is Role.LLM)
     groups = [tuple(ranks[first : first + tp]) for first in range(0, len(ranks), tp)]
-    return [Unit(group) for group in groups] + [
-        Unit((worker,)) for worker in workers if worker.role is not Role.LLM
-    ]
+    others = [(worker,) for worker in workers if worker.role is not Role.LLM]
+    return [Unit(members, tuple(sorted(set(map(node_of, members))))) for members in (*groups, *others)]
 
 
 def has_moved(child: Child, recorder: FlightRecorder, now: float, patience_s: float) -> bool:

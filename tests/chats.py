@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -90,6 +91,14 @@ async def generate(
     messages: Sequence[ChatMessage],
     media: list[bytes],
     sampling: SamplingParams = GREEDY,
+    begun: asyncio.Event | None = None,
 ) -> tuple[list[int], int]:
-    pieces = [piece async for piece in client.generate(messages, sampling, media)]
-    return [token for piece in pieces for token in piece.token_ids], pieces[-1].num_prompt_tokens
+    """The tokens, and how many the prompt has. `begun` is set when the first token has come."""
+    tokens: list[int] = []
+    num_prompt_tokens = 0
+    async for piece in client.generate(messages, sampling, media):
+        tokens += piece.token_ids
+        num_prompt_tokens = piece.num_prompt_tokens
+        if begun is not None:
+            begun.set()
+    return tokens, num_prompt_tokens

@@ -5,9 +5,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.servers import Server
 
 # the tests must not spin on cores that the servers under test need
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -31,6 +34,8 @@ def files_are_closed() -> Iterator[None]:
     yield
     if len(os.listdir("/proc/self/fd")) > MANY_FILES:
         gc.collect()
+        if not gc.get_freeze_count():
+            gc.freeze()  # mostly modules, which take a second or more to look through
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +43,23 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.checkpoints import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="session")
+def embedded_server(media_folder: Path) -> Iterator[Server]:
+    """The embedded model, with local media allowed; in float32, so that answers do not depend on what else is
+    computed with them. No test stops it or kills its workers."""
+    from tests.integration.conftest import LIMITS
+    from tests.servers import Server
+
+    media = ("--allowed-local-media-path", str(media_folder), "--allow-private-media")
+    with Server("--dtype", "float32", *media, *LIMITS) as running:
+        yield running
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

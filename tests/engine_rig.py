@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Chat, Part, TextPart, VideoPart
 from pipeline.wire.sampling import SamplingParams
 from tests.chats import ChatTurns, to_messages
-from tests.fakes import LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
+from tests.fakes import CARRIER_0, LLM_0, PREPROCESS, VIT_0, FakePublisher, FakeSink
 from tests.pictures import seen_size
 from workers.llm.cache.manager import CacheManager
 from workers.llm.cache.spec import states_of
@@ -53,6 +56,12 @@ NUM_TOKENS = 24
 CPU = torch.device("cpu")
 MAX_PIXELS = 10**9  # of a file
 MAX_DRAFTS = 63  # of a step
+USES_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def few_splits() -> Any:
+    """Triton's attention warms up for each number of splits; in the interpreter all of them take seconds."""
+    return mock.patch("workers.llm.attention.triton.MAX_SPLITS", 2) if USES_INTERPRETER else nullcontext()
 
 
 class NoSource:
@@ -111,7 +120,8 @@ class Rig:
         )  # fmt: skip
         config = Config(model=ModelConfig(dtype="float32", lora=lora), llm=llm)
         runner = ModelRunner.load(self.info, config, folder, CPU, TensorParallel(), lambda done, total: None)
-        runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots, num_drafts=MAX_DRAFTS)
+        with few_splits():
+            runner.open_cache(num_blocks, 1000, num_snapshots=num_snapshots, num_drafts=MAX_DRAFTS)
         decoder = runner.decoder
         self.scheduler = Scheduler(
             CacheManager.of_size(
@@ -124,6 +134,7 @@ class Rig:
             turn_start_id=turn_start_id(folder),
         )
         self.publisher, self.feedback, self.vit = FakePublisher(), FakeSink(), FakeSink()
+        self.carrier = FakeSink()
         self.ranks_keep_up = True
         self.clock: Callable[[], float] = time.monotonic
         self.records: list[set[str]] = []
@@ -143,6 +154,7 @@ class Rig:
                 publish=self.publisher,
                 feedback=self.feedback,
                 vits=[self.vit],
+                carrier=(CARRIER_0, self.carrier),
                 publish_step=self.publish_step,
                 on_first_token=self.first_tokens.append,
             ),

@@ -11,6 +11,7 @@ from pipeline.wire.topology import Role, WorkerId
 LLM_0 = WorkerId(Role.LLM)
 VIT_0 = WorkerId(Role.VIT)
 PREPROCESS = WorkerId(Role.PREPROCESS)
+CARRIER_0 = WorkerId(Role.CARRIER)
 
 
 class FakeSink:

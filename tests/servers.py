@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -32,6 +32,8 @@ SHARED_S = 5  # for which a test beside may have shared memory
 class Server:
     """Use as a context manager: it is up inside, and checked for leftovers at the end."""
 
+    STARTED = re.compile(r"Serving at (\S+)/v1")
+
     def __init__(
         self,
         *options: str,
@@ -40,16 +42,18 @@ class Server:
         python_path: Path | None = None,
         program: str = "launcher",
         environment: Mapping[str, str] | None = None,
+        inside: Sequence[str] = (),
     ) -> None:
         """`api_key` is given in the environment; in `python_path` modules and packages are found first.
-        `program` is a module, `environment` what its environment has beside this one's."""
+        `program` is a module, `environment` what its environment has beside this one's, `inside` a command
+        that runs another."""
         self._folder = tempfile.TemporaryDirectory(prefix="vlm-test-")
         self.run_dir = Path(self._folder.name) / "run"
         self.run_dir.mkdir(mode=0o700)
         self._shared_memory = _shared_memory_files()
         self._options, self._expects_failure = options, expects_failure
         self._environment = {**os.environ, "VLM_API_KEY": api_key, **(environment or {})}
-        self._program = program
+        self._program, self._inside = program, inside
         if python_path is not None:
             paths = (str(python_path), os.environ.get("PYTHONPATH", ""))
             self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -59,6 +63,7 @@ class Server:
 
     def __enter__(self) -> Self:
         command = [
+            *self._inside,
             sys.executable,
             "-m",
             self._program,
@@ -85,17 +90,28 @@ class Server:
             if not self._ready.wait(START_TIMEOUT_S) or not self.url:
                 self._kill()
                 raise AssertionError("the server did not start:\n" + self.output)
-            self.children = workers_of(self.process.pid)
+            self.children = self.find_workers()
         return self
+
+    def find_workers(self) -> dict[str, int]:
+        """Process ids by name."""
+        return workers_of(self.process.pid)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
-            if match := re.match(r"Serving at (\S+)/v1", line):
+            if match := self.STARTED.match(line):
                 self.url = match.group(1)
                 self._ready.set()
         self._ready.set()
+
+    def wait_for(self, text: str, timeout_s: float = 60.0, count: int = 1) -> None:
+        """Until so many lines have the text."""
+        end = time.monotonic() + timeout_s
+        while sum(text in line for line in list(self.lines)) < count:
+            assert time.monotonic() < end, f"{text!r} was not said {count} times:\n{self.output}"
+            time.sleep(0.05)
 
     @property
     def output(self) -> str:

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(
     path for folder in ("pipeline", "workers", "launcher") for path in (ROOT / folder).rglob("*.py")
 )
-WORKERS = ("api", "gateway", "preprocess", "vit", "llm")
+WORKERS = ("api", "gateway", "preprocess", "vit", "llm", "carrier")
 PURE_FILES = (
     "scheduler.py",
     "step_budget.py",
     "batcher.py",
-    "feature_cache.py",
+    "leased_slots.py",
     "router.py",
     "slots.py",
     "placement.py",
@@ -45,7 +45,7 @@ HOUSES = {  # the folders of pipeline/, and which others each may import
 }
 ZMQ_FILES = [
     ROOT / "pipeline" / "transport" / name
-    for name in ("ends.py", "poller.py", "sockets.py", "keys.py", "tcp.py")
+    for name in ("ends.py", "poller.py", "sockets.py", "keys.py", "tcp.py", "cluster.py", "joining.py")
 ]
 TENSOR_FILES = ("tensors.py", "memory.py")  # torch only where a tensor is asked for
 # The family that the embedded model is of, in whichever spelling, and the files that may name it.

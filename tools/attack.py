@@ -69,6 +69,7 @@ class Size(NamedTuple):
     seconds: float  # an attack is repeated for so long
     pictures: int  # at once
     connections: int
+    num_quiet: int = NUM_QUIET  # requests of the victim before an attack
 
 
 SIZES = {"small": Size(4.0, 2, 8), "full": Size(60.0, 8, 200)}
@@ -297,7 +298,7 @@ async def attack(name: str, url: str, run_dir: Path, size: Size, seed: int) -> O
     async with _session() as session:
         victim = Target(url, run_dir, session, size, seed)
         before = await victim.restarts()
-        for number in range(NUM_QUIET + 1):
+        for number in range(size.num_quiet + 1):
             seconds = await victim.ask(f"Say hello {number}.")
             if number:  # the first warms up
                 outcome.quiet.append(seconds)

@@ -17,6 +17,7 @@ from workers.api.metrics import OF_ALL, PREFIX
 from workers.api.vllm_metrics import VLLM_NAMES
 from workers.api.worker import COUNTED as API_COUNTED
 from workers.api.worker import LANE_MESSAGES
+from workers.carrier import metrics as carrier
 from workers.gateway import metrics as gateway
 from workers.llm import metrics as llm
 from workers.llm.request_stats import RequestStats
@@ -84,13 +85,14 @@ class _Anything:
 def declarations() -> dict[str, tuple[Metric, ...]]:
     """All metrics, by the kind of worker; without their prefix."""
     anything: Any = _Anything()
-    of_llm, of_vit, of_preprocess, of_gateway, of_api, of_any = (Metrics() for _ in range(6))
+    of_llm, of_vit, of_preprocess, of_gateway, of_carrier, of_api, of_any = (Metrics() for _ in range(7))
     RequestStats(of_llm, 1, time.monotonic)
     StepStats(of_llm)
     llm.declare(of_llm, anything, anything)
     VitStats(of_vit, anything, anything)
     preprocess.declare(of_preprocess, anything, anything, lambda: 0)
     gateway.declare(of_gateway, anything, dict)
+    carrier.declare(of_carrier, anything, ())
     of_api.counters(API_COUNTED, dict)
     of_api.counter("lane_messages", LANE_MESSAGES, lambda: 0)
     of_any.counter("dropped_spans", DROPPED_SPANS, lambda: 0)
@@ -101,6 +103,7 @@ def declarations() -> dict[str, tuple[Metric, ...]]:
         "preprocess": of_preprocess.declared,
         "api": of_api.declared,
         "gateway: with --direct-port": of_gateway.declared,
+        "carrier: on several nodes": of_carrier.declared,
     }
 
 

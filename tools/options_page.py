@@ -22,7 +22,9 @@ SECTIONS = {
     "preprocess": "Requests and their media",
     "vit": "The vision encoders",
     "llm": "The language model",
+    "carrier": "Tensors between nodes",
     "launcher": "All processes",
+    "cluster": "Several machines",
 }
 LEFT_OUT = ("fault",)  # for tests
 INTRODUCTION = """# All options

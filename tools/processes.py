@@ -12,14 +12,16 @@ from pipeline.process.titles import SERVER, name_of
 
 def workers_of(pid: int) -> dict[str, int]:
     """Worker processes of a launcher by name, such as "vit.0"; the fork server by "server"."""
-    (server,) = [child for child in _children(pid) if _name(child) == SERVER]
+    (server,) = [child for child, name in children_of(pid) if name == SERVER]
     # a worker that has just been forked still has the server's name, and one that is being reaped has none
-    workers = {_name(child): child for child in _children(server)}
+    workers = {name: child for child, name in children_of(server)}
     return {SERVER: server, **{name: child for name, child in workers.items() if name not in ("", SERVER)}}
 
 
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def children_of(pid: int) -> list[tuple[int, str]]:
+    """Process ids and names, such as "witness"; empty: no process of a pipeline."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [(int(child), _name(int(child))) for child in children]
 
 
 def _name(pid: int) -> str:

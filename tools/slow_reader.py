@@ -80,7 +80,7 @@ class Found:
 class SlowReader:
     def __init__(self, args: argparse.Namespace, launcher: int, run_dir: Path) -> None:
         self._args, self._launcher, self._run_dir = args, launcher, run_dir
-        self._max_stop_s = 3 * args.seconds
+        self._max_stop_s = max(45.0, 3 * args.seconds)
         self._phase = ""  # to which the neighbours' gaps count; empty: none
         self._found = Found()
 

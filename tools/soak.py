@@ -48,6 +48,7 @@ from tools.tiny_model.scenes import draw, make_scene
 TIE = 1e-3
 HELD = ("leases", "free_blocks", "free_slots", "free_snapshots")  # counters of workers
 SETTLE_S = 3.0  # until what is over is given back and told: statistics and lease sets go once a second
+RETURN_S = 60.0  # in which a worker serves again
 MAX_GROWTH = 1.25  # of a worker's resident memory
 READER_FILES = 6  # of two reading processes, which start when they are needed: two pipes and an inbox each
 GROWTH_FLOOR = 32 << 20  # bytes that do not count as growth: what was imported or touched for the first time
@@ -198,6 +199,8 @@ class Soak:
         self._chats = make_chats(args.chats, self._rng, args.output_tokens)
         self._references: list[list[Answer]] = []
         self.found = Findings()
+        self.num_workers = 0  # that serve when the load begins
+        self._has_killed_enough = False
 
     async def run(self) -> Findings:
         places = [(self._run_dir, None)] + [self._remote or (self._run_dir, None)] * (self._args.clients - 1)
@@ -206,6 +209,7 @@ class Soak:
             await client.start()
         for chat in self._chats:
             self._references.append([answer async for answer in self._play(clients[0], chat, None)])
+        await self.prepare()
         for client in clients:  # warms up what a first load makes grow
             await asyncio.gather(
                 *(
@@ -214,6 +218,7 @@ class Soak:
                 )
             )
         before = await self._holdings(clients[0])
+        self.num_workers = sum(state.is_ready for state in clients[0].workers)
         end = time.monotonic() + 60 * self._args.minutes
         streams = [
             asyncio.create_task(self._stream(clients[index % len(clients)], index, end))
@@ -264,44 +269,60 @@ class Soak:
 
     async def _stream(self, client: PipelineClient, index: int, end: float) -> None:
         rng = random.Random(f"{self._args.seed}/{index}")
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self._has_killed_enough:
             await self._check(client, rng.randrange(len(self._chats)))
 
     async def _kill(self, client: PipelineClient, end: float) -> None:
         """The victims in turn, then at random."""
-        names = [str(state.worker) for state in client.workers]
-        victims = [
-            name
-            for name in names
-            if name.rpartition(".")[0] in self._args.victims or name in self._args.victims
-        ]
+        victims = self.victims([str(state.worker) for state in client.workers])
         for number in range(10**9 if victims else 0):
             pause = self._args.interval * self._rng.uniform(0.5, 1.5)
             if time.monotonic() + pause + 5 > end:
                 return
             await asyncio.sleep(pause)
             victim = victims[number] if number < len(victims) else self._rng.choice(victims)
-            pid = workers_of(self._launcher).get(victim)
-            if pid is None:
-                continue  # it is down already
-            epoch = next(state.epoch for state in client.workers if str(state.worker) == victim)
-            start = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            self.found.kills[victim] += 1
-            while not any(
-                str(state.worker) == victim and state.epoch > epoch and state.is_ready
-                for state in client.workers
-            ):
-                await asyncio.sleep(0.01)
-                if time.monotonic() - start > 60:
-                    self.found.wrong.append(f"{victim} did not come back within 60 s")
-                    return
-            self.found.restarts.setdefault(victim.rpartition(".")[0], []).append(time.monotonic() - start)
+            await self.strike(client, victim)
+            if self.found.kills.total() == self._args.kills:
+                self._has_killed_enough = True
+                return
+
+    async def prepare(self) -> None:
+        """Between the reference and the load."""
+
+    def pids(self) -> dict[str, int]:
+        """Of workers, by name."""
+        return workers_of(self._launcher)
+
+    def victims(self, names: list[str]) -> list[str]:
+        """`names`: of all workers."""
+        return [
+            name
+            for name in names
+            if name.rpartition(".")[0] in self._args.victims or name in self._args.victims
+        ]
+
+    async def strike(self, client: PipelineClient, victim: str) -> None:
+        """Kills a worker, and waits until it serves again."""
+        pid = self.pids().get(victim)
+        if pid is None:
+            return  # it is down already
+        epoch = next(state.epoch for state in client.workers if str(state.worker) == victim)
+        start = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        self.found.kills[victim] += 1
+        while not any(
+            str(state.worker) == victim and state.epoch > epoch and state.is_ready for state in client.workers
+        ):
+            await asyncio.sleep(0.01)
+            if time.monotonic() - start > RETURN_S:
+                self.found.wrong.append(f"{victim} did not come back within {RETURN_S:.0f} s")
+                return
+        self.found.restarts.setdefault(victim.rpartition(".")[0], []).append(time.monotonic() - start)
 
     async def _holdings(self, client: PipelineClient) -> dict[str, dict[str, int]]:
         """What each worker holds when nothing is open."""
         await asyncio.sleep(SETTLE_S)
-        pids = workers_of(self._launcher)
+        pids = self.pids()
         held: dict[str, dict[str, int]] = {}
         for state in client.workers:
             name = str(state.worker)
@@ -402,27 +423,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--streams", type=int, default=16, help="chats at once")
-    parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--chats", type=int, default=30, help="different ones")
-    parser.add_argument("--output-tokens", type=int, default=80, help="at most, of an answer")
-    parser.add_argument(
-        "--victims",
-        nargs="+",
-        default=["preprocess", "vit", "llm"],
-        help="roles or workers; none: nobody is killed",
-    )
-    parser.add_argument(
-        "--interval",
-        type=float,
-        default=4.0,
-        help="seconds between a worker's return and the next kill, on average",
-    )
-    parser.add_argument(
-        "--patience", type=float, default=120.0, help="seconds that the last requests may take to end"
-    )
+    add_arguments(parser, ["preprocess", "vit", "llm"])
     parser.add_argument("--over-tcp", action="store_true", help="all clients but the first come by a gateway")
     args, options = parser.parse_known_args()
     options = ["--dtype", "float32", "--max-attempts", "5", *options]
@@ -436,6 +437,34 @@ def main() -> int:
         with pipeline(options) as (process, run_dir, lines, _):
             found = asyncio.run(Soak(args, process.pid, run_dir, remote).run())
     return report(found, lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser, victims: list[str]) -> None:
+    """`victims`: the default ones."""
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument(
+        "--kills", type=int, default=0, help="after so many it ends before the time; 0: never"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=16, help="chats at once")
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--chats", type=int, default=30, help="different ones")
+    parser.add_argument("--output-tokens", type=int, default=80, help="at most, of an answer")
+    parser.add_argument(
+        "--victims",
+        nargs="+",
+        default=victims,
+        help="roles or workers; none: nobody is killed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=4.0,
+        help="seconds between a worker's return and the next kill, on average",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds that the last requests may take to end"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.adapters.settings import SETTINGS, AdapterSettings, read_settings
-from pipeline.adapters.tensors import StoredTensor, read_header, tensors_of, usual_name
+from pipeline.adapters.tensors import StoredTensor, check_whole, read_header, tensors_of, usual_name
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -97,6 +97,7 @@ def _read(name: str, folder: Path) -> Adapter:
         other = " (adapter_model.bin is not read: save it as safetensors)"
         raise ValueError(f"there is no {WEIGHTS}{other if (folder / 'adapter_model.bin').is_file() else ''}")
     header = read_header(path)
+    check_whole(path, header)
     modules = _modules_of(tensors_of(path, header), settings)
     stat = path.stat()
     content = (folder / SETTINGS).read_bytes(), header, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -29,6 +29,18 @@ def read_header(path: Path) -> bytes:
     return header
 
 
+def check_whole(path: Path, header: bytes) -> None:
+    """Raises ValueError where the file is longer or shorter than its header says."""
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(header)
+        stops = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path.name} is no file of safetensors") from None
+    wanted, found = 8 + len(header) + max(stops, default=0), path.stat().st_size
+    if found != wanted:
+        raise ValueError(f"{path.name} has {found} bytes, by its header {wanted}")
+
+
 def tensors_of(path: Path, header: bytes) -> Mapping[str, StoredTensor]:
     try:
         entries: dict[str, Any] = json.loads(header)

@@ -33,6 +33,7 @@ from pipeline.parsers.base import ParserEvent, ThoughtStart
 from pipeline.parsers.forms import ChatForms
 from pipeline.parsers.registry import AUTO, check_names
 from pipeline.parsers.tool_choice import read_tools, to_chat_grammar, to_tool_choice
+from pipeline.transport.cluster import Cluster
 from pipeline.transport.keys import ClientKeys
 from pipeline.transport.tcp import RemotePipeline
 from pipeline.wire.clients import (
@@ -125,11 +126,12 @@ class PipelineClient:
 
     def __init__(
         self, place: str | Path, keys: str | Path | None = None, model_folder: str | Path | None = None,
-        tool_call_parser: str = AUTO, reasoning_parser: str = AUTO,
+        tool_call_parser: str = AUTO, reasoning_parser: str = AUTO, cluster: Cluster | None = None,
     ) -> None:  # fmt: skip
         """`place`: the pipeline's run directory, or tcp://HOST:PORT of its gateway. `keys`: a folder, needed
         for a gateway. `model_folder`: a folder with the files of tokenizer and chat template, if they are not
-        at the server's path. The parsers are for `chat`: see docs/tools.md. Raises ValueError for an invalid
+        at the server's path. The parsers are for `chat`: see docs/tools.md. `cluster`: for a worker of the
+        pipeline, which reaches other nodes. Raises ValueError for an invalid
         place or invalid keys, and for an unknown parser.
         """
         check_names(tool_call_parser, reasoning_parser)
@@ -138,7 +140,7 @@ class PipelineClient:
                 raise ValueError(f"{place} takes keys: a folder that tools/keys.py has made for this client")
             self._connection = Connection(RemotePipeline(str(place), ClientKeys.read(Path(keys))))
         else:
-            self._connection = Connection(Path(place))
+            self._connection = Connection(Path(place), cluster)
         self._model_folder = None if model_folder is None else Path(model_folder)
         self._tokenizer: Tokenizer | None = None
         self._tags: Mapping[int, str] = {}  # special tokens that are tags of calls and thoughts

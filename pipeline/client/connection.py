@@ -32,6 +32,7 @@ from pipeline.client.groups import Groups
 from pipeline.client.open_request import OpenRequest
 from pipeline.process.flight_recorder import digest_of
 from pipeline.process.liveness import LauncherLife
+from pipeline.transport.cluster import Cluster, read_spec
 from pipeline.transport.ends import AsyncReceiver, Sender
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tcp import RemotePipeline
@@ -72,12 +73,14 @@ PREPROCESS, GATEWAY = WorkerId(Role.PREPROCESS), WorkerId(Role.GATEWAY)
 class Connection:
     """Everything runs in the event loop that is current when `start` is called."""
 
-    def __init__(self, place: Path | RemotePipeline) -> None:
-        """`place`: the pipeline's run directory, or its gateway's address and keys."""
+    def __init__(self, place: Path | RemotePipeline, cluster: Cluster | None = None) -> None:
+        """`place`: the pipeline's run directory, or its gateway's address and keys. `cluster`: for a worker
+        of the pipeline, which reaches groups on other nodes."""
         self._is_remote = isinstance(place, RemotePipeline)
         owner = place.owner if isinstance(place, RemotePipeline) else b""
         self.client_id = owner + os.urandom(CLIENT_ID_BYTES - len(owner))
-        self._sockets = Sockets(place, {})
+        self._sockets = Sockets(place, {}, cluster=cluster)
+        self._reads_nodes_in = place if isinstance(place, Path) and cluster is None else None
         self._control: AsyncReceiver[ControlMessage] = self._sockets.async_subscriber(CONTROL)
         self._ingest: Sender[IngestMessage] | None = None
         self._life = LauncherLife(None if isinstance(place, RemotePipeline) else place)
@@ -310,7 +313,10 @@ class Connection:
         self.groups.on_states(state.workers)
         if self._is_silent:
             self.end, self._is_silent = None, False
-        renewed = self._sockets.follow({worker.worker: worker.epoch for worker in state.workers})
+        if state.nodes and self._reads_nodes_in is not None:
+            self._sockets.reach(Cluster(read_spec(self._reads_nodes_in), ()))
+            self._reads_nodes_in = None
+        renewed = self._sockets.follow(state)
         if self.groups.leads:
             for worker in state.workers:
                 if worker.worker in renewed:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from pipeline.config.api import MAX_CONNECTIONS, ApiConfig, ApiKey
 from pipeline.config.base import MIB
+from pipeline.config.carrier import CarrierConfig
+from pipeline.config.cluster import ClusterConfig
 from pipeline.config.direct import DirectConfig
 from pipeline.config.launcher import LauncherConfig
 from pipeline.config.llm import LlmConfig
@@ -22,6 +24,8 @@ __all__ = [
     "MIB",
     "ApiConfig",
     "ApiKey",
+    "CarrierConfig",
+    "ClusterConfig",
     "Config",
     "DirectConfig",
     "LauncherConfig",
@@ -42,22 +46,43 @@ class Config:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     vit: VitConfig = field(default_factory=VitConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
+    carrier: CarrierConfig = field(default_factory=CarrierConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def vits_per_node(self) -> int:
+        return self.ranks_per_node if self.vit.vit is None else self.vit.vit
 
     @property
     def num_vits(self) -> int:
-        return self.num_ranks if self.vit.vit is None else self.vit.vit
+        """Of all nodes; ViT i is on node i // vits_per_node."""
+        return self.cluster.nnodes * self.vits_per_node
 
     @property
     def vit_quantization(self) -> str:
         chosen = self.vit.vit_quantization
         return self.llm.quantization if chosen is None else chosen
 
+    def __post_init__(self) -> None:
+        if self.carrier != CarrierConfig() and not self.cluster.has_nodes:
+            raise ValueError("carriers are for nnodes of 2 or more")
+        num_nodes = self.cluster.nodes_per_group
+        if num_nodes > 1 and (self.llm.dp > 1 or self.llm.tp % num_nodes):
+            raise ValueError(
+                f"a group over {num_nodes} nodes has a tp that is a multiple of it, and dp 1: tp is "
+                f"{self.llm.tp}, dp {self.llm.dp}"
+            )
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.llm.dp * self.llm.tp // self.cluster.nodes_per_group
+
     @property
     def num_ranks(self) -> int:
-        """LLM ranks of all groups; group g has the ranks g · tp to (g + 1) · tp - 1, and the first of them
-        leads it."""
-        return self.llm.dp * self.llm.tp
+        """LLM ranks of all groups on all nodes; group g has the ranks g · tp to (g + 1) · tp - 1, and the
+        first of them leads it. Rank r is on node r // ranks_per_node."""
+        return self.cluster.nnodes * self.ranks_per_node
 
     @property
     def has_gateway(self) -> bool:

@@ -22,6 +22,6 @@ class Fault(msgspec.Struct, frozen=True):
         role, _, rest = text.partition(":")
         action, _, rest = rest.partition(":")
         what, _, number = rest.partition(":")
-        if action not in (*AT_EXECUTION, *AT_SENDING, "fill", "end") or not what:
+        if action not in (*AT_EXECUTION, *AT_SENDING, "slow", "fill", "end") or not what:
             raise ValueError(f"fault {text!r} is not ROLE:ACTION:WHAT[:NUMBER]")
         return cls(role, action, what, float(number) if number else ALWAYS)

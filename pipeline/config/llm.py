@@ -63,9 +63,10 @@ class LlmConfig:
     )
     activation_quantization: str = option(
         "auto",
-        "what the weights of a checkpoint in 4 or 8 bits are multiplied by; auto: on the CPU in bfloat16 by "
-        "activations in 8 bits, token by token, in float32 by exact ones, on a GPU by its scaled product "
-        "where it has one; int8: by 8 bits, which is faster, on the CPU only; none: by exact ones",
+        "what weights in 4 or 8 bits are multiplied by; auto: those of a checkpoint on the CPU in bfloat16 "
+        "by activations in 8 bits, token by token, in float32 by exact ones, on a GPU by its scaled product "
+        "where it has one; those of --quantization as it says; int8: by 8 bits, which is faster, on the CPU "
+        "only; none: by exact ones",
         choices=("auto", "int8", "none"),
     )
     prefix_caching: bool = option(

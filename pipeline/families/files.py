@@ -124,4 +124,10 @@ def pixel_limits(processor: Section) -> tuple[int, int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    """Empty for a file that is not there. Raises ValueError, naming it, for one that is no JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from None

@@ -8,6 +8,7 @@ The launcher asks before any process starts, `workers/nn/weights/registry.py` be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ def stored_quantization(folder: Path) -> StoredQuantization | None:
     """
     config = read_json(folder / "config.json")
     nested = config.get("text_config") or {}
-    settings = config.get("quantization_config") or nested.get("quantization_config")
+    places = (config, "quantization_config"), (nested, "quantization_config"), (config, "compression_config")
+    settings = next((found[key] for found, key in places if found.get(key)), None)
     if not settings:
         of_modelopt = read_json(folder / "hf_quant_config.json")
         if of_modelopt:
@@ -47,7 +49,9 @@ def stored_quantization(folder: Path) -> StoredQuantization | None:
     described = settings or config.get("quantization")
     if not described:
         return None
-    if "quant_method" not in described:
+    if not isinstance(described, Mapping):
+        raise QuantizationRefusal(folder, f"by {described!r}, which are no settings", PLACE)
+    if not described.get("quant_method"):
         if "quant_algo" in described:
             return StoredQuantization("modelopt", described, PLACE)
         if any(str(key).startswith(("load_in_", "bnb_")) for key in described):
@@ -70,7 +74,7 @@ def check_quantization(folder: Path) -> StoredQuantization | None:
         instead = f"known are {names}; {INSTEAD}"
         what = f"by {found.method!r}{reason and f', {reason}'}"
         raise QuantizationRefusal(folder, what, f"{found.place}.quant_method", instead)
-    refusal = CHECKS[found.method](found.settings)
+    refusal = _check_names(found.settings) or CHECKS[found.method](found.settings)
     if refusal is not None:
         raise QuantizationRefusal(
             folder, f"by {found.method!r} {refusal.what}", f"{found.place}.{refusal.key}"
@@ -109,7 +113,7 @@ def format_of_group(group: Settings, settings: Settings) -> str:
 
 
 def _no(settings: Settings, key: str, served: Sequence[object], default: object) -> Refusal | None:
-    found = settings.get(key, default)
+    found = default if settings.get(key) is None else settings[key]
     if found in served:
         return None
     known = " or ".join(map(str, served))
@@ -120,10 +124,62 @@ def _first(*found: Refusal | None) -> Refusal | None:
     return next((refusal for refusal in found if refusal is not None), None)
 
 
+# Lists of layers by their names, and settings of layers by expressions, of any method.
+LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+BY_NAME = ("dynamic", "extra_config", "config_groups", "quantized_layers")
+
+
+def _check_names(settings: Settings) -> Refusal | None:
+    """A pattern that is none would match nothing, or end a worker."""
+    places = [settings, *(found for found in [settings.get("quantization")] if isinstance(found, Mapping))]
+    for found in places:
+        for key in LISTS:
+            listed = found.get(key) or []
+            if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+                return Refusal(f"with {key} {listed!r}, where a list of names is served", key)
+            patterns = [name.removeprefix("re:") for name in listed if name.startswith("re:")]
+            if (bad := _no_expression(patterns)) is not None:
+                return Refusal(f"with {bad!r} in {key}, which is no regular expression", key)
+        for key in BY_NAME:
+            rules = found.get(key) or {}
+            if isinstance(rules, Mapping) and key == "config_groups":
+                continue  # whose own check names the group
+            if not isinstance(rules, Mapping) or not all(isinstance(one, Mapping) for one in rules.values()):
+                return Refusal(f"with {key} {rules!r}, where settings by names are served", key)
+    by_expression: Settings = settings.get("dynamic") or {}
+    by_either: Settings = settings.get("extra_config") or {}
+    expressions = {
+        "dynamic": [name.removeprefix("+:").removeprefix("-:") for name in by_expression],
+        "extra_config": [name for name in by_either if is_expression(name)],
+    }
+    for key, patterns in expressions.items():
+        if (bad := _no_expression(patterns)) is not None:
+            return Refusal(f"with {bad!r} in {key}, which is no regular expression", key)
+    return None
+
+
+SPECIAL = frozenset("*+?^$()[]{}|\\")  # marks of an expression
+
+
+def is_expression(name: str) -> bool:
+    """Of AutoRound's names of layers, which may be either."""
+    return bool(set(name) & SPECIAL)
+
+
+def _no_expression(patterns: Sequence[str]) -> str | None:
+    """The first that is none."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error:
+            return pattern
+    return None
+
+
 def _check_fp8(settings: Settings) -> Refusal | None:
     block = settings.get("weight_block_size")
-    is_pair = isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) for size in block)
-    if block is not None and not is_pair:
+    is_size = [isinstance(size, int) and size > 0 for size in block] if isinstance(block, list) else []
+    if block is not None and is_size != [True, True]:
         return Refusal(
             f"with weight_block_size {block!r}, where a pair of sizes is served", "weight_block_size"
         )
@@ -201,6 +257,12 @@ def _check_group(group: Settings, format: str, key: str) -> Refusal | None:
     if format not in COMPRESSED_FORMATS:
         known = ", ".join(COMPRESSED_FORMATS[:3])
         return Refusal(f"as {format!r}, where {known} are served", f"{key}.format")
+    targets = group.get("targets") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        return Refusal(f"with targets {targets!r}, where a list of names is served", f"{key}.targets")
+    expressions = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+    if (bad := _no_expression(expressions)) is not None:
+        return Refusal(f"with {bad!r} in targets, which is no regular expression", f"{key}.targets")
     if (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)):
         return Refusal(
             f"with {bits} bits of type {kind!r}, where int of 4 or 8 and float of 8 are served", key

@@ -3,6 +3,7 @@
     kill, stop, fail   when a request whose id contains WHAT executes there (SIGKILL, SIGSTOP, an exception);
                        NUMBER: in so many incarnations
     delay              such a request executes NUMBER seconds later
+    slow               each layer of a step takes NUMBER seconds longer; WHAT is "layer"
     drop, corrupt      the first NUMBER messages of type WHAT that the worker sends
     fill               the worker's whole tensor pool but its reserve; WHAT is "pool"
     end                the worker fails once it is ready; WHAT is "ready"; NUMBER: in so many incarnations
@@ -40,7 +41,8 @@ class InjectedFault(Exception):
 class FaultyRecorder(FlightRecorder):
     def __init__(self, run_dir: Path, worker: WorkerId, epoch: int, faults: Sequence[Fault]) -> None:
         super().__init__(run_dir, worker)
-        self._epoch, self._faults = epoch, faults
+        self._epoch, self._faults = epoch, [fault for fault in faults if fault.action in AT_EXECUTION]
+        self._layer_s = sum(fault.number for fault in faults if fault.action == "slow")
 
     def record(self, request_ids: Iterable[str]) -> None:
         ids = list(request_ids)
@@ -48,6 +50,11 @@ class FaultyRecorder(FlightRecorder):
         for fault in self._faults:
             if any(fault.what in request_id for request_id in ids):
                 self._act(fault)
+
+    def move_in_step(self) -> None:
+        super().move_in_step()
+        if self._layer_s:
+            time.sleep(self._layer_s)
 
     def _act(self, fault: Fault) -> None:
         if fault.action == "delay":
@@ -88,7 +95,7 @@ class Faults:
         return [fault for fault in self._faults if fault.action in actions]
 
     def recorder(self, run_dir: Path, epoch: int) -> FlightRecorder:
-        faults = self._of(*AT_EXECUTION)
+        faults = self._of(*AT_EXECUTION, "slow")
         return (
             FaultyRecorder(run_dir, self._worker, epoch, faults)
             if faults

@@ -55,6 +55,10 @@ class FlightRecorder:
         self._count += 1
         struct.pack_into("<q", self._map, 0, self._count)
 
+    def move_in_step(self) -> None:
+        """Behind a layer."""
+        self.move()
+
     def expect(self, seconds: float) -> None:
         """A call begins that makes no moves for at most so many seconds; 0: it has ended."""
         struct.pack_into("<d", self._map, DEADLINE_AT, time.monotonic() + seconds if seconds else 0.0)

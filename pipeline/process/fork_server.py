@@ -29,8 +29,8 @@ from pipeline.process.parent import end_with_parent
 from pipeline.process.process import WorkerSpec, run_worker
 from pipeline.process.titles import SERVER, set_title
 
-MAX_REQUEST = 1 << 16  # bytes
-MAX_FDS = 16  # of one request
+MAX_REQUEST = 1 << 17  # bytes; the system has room for 200 KiB
+MAX_FDS = 253  # of one request: the system's limit
 STOP_TIMEOUT_S = 10.0
 
 
@@ -82,9 +82,9 @@ class WorkerProcess:
 class ForkServer:
     """The launcher's side. Poll it for reading; `read` then updates every `WorkerProcess`."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """`environment` is the workers'."""
-        self._environment = dict(environment)
+    def __init__(self, environment: Mapping[str, str], inherited: Sequence[int] = ()) -> None:
+        """`environment` is the workers'. `inherited`: descriptors that the server and all workers keep."""
+        self._environment, self._inherited = dict(environment), inherited
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server: subprocess.Popen[bytes] | None = None
         self._processes: dict[int, WorkerProcess] = {}
@@ -100,7 +100,8 @@ class ForkServer:
         try:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "workers", str(descriptor)],
-                stdin=subprocess.DEVNULL, env=self._environment, pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL, env=self._environment,
+                pass_fds=[descriptor, *self._inherited],
             )  # fmt: skip
         finally:
             for number, handler in ignored.items():

@@ -9,11 +9,9 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-
-import msgspec
 
 from pipeline.config import MIB, Config
 from pipeline.process import log
@@ -21,11 +19,14 @@ from pipeline.process.faults import Faults
 from pipeline.process.flight_recorder import digest_of
 from pipeline.process.lanes import MAX_UNREAD, Lanes
 from pipeline.process.metrics import DROPPED_SPANS, Metrics
+from pipeline.process.nodes import NodeMap
 from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import tracer_of
+from pipeline.transport.cluster import Cluster, NodeSpec
 from pipeline.transport.ends import Receiver, Sender
 from pipeline.transport.sockets import Sockets
 from pipeline.wire.base import Origin, PoolClosed, WorkerMessage
+from pipeline.wire.carrying import CarryMessage
 from pipeline.wire.control import (
     ControlMessage,
     FirstTokenYielded,
@@ -35,7 +36,7 @@ from pipeline.wire.control import (
     WorkerState,
     WorkerStats,
 )
-from pipeline.wire.topology import CONTROL, LANES, STATUS, Role, WorkerId
+from pipeline.wire.topology import CARRY, CONTROL, LANES, STATUS, Role, WorkerId, parse_worker
 
 logger = logging.getLogger(__name__)
 BEHIND_THE_STEP_LOOP = 5  # niceness of roles that share cores with the LLM
@@ -64,6 +65,7 @@ class WorkerSpec:
     placement: Placement
     config: Config
     quarantined: dict[Role, tuple[bytes, ...]] = field(default_factory=dict)  # as in `PipelineState`
+    node: NodeSpec | None = None  # of a pipeline over several machines
 
 
 class ControlNews(NamedTuple):
@@ -77,26 +79,44 @@ class WorkerContext:
     """What `run_worker` hands to a worker's main function."""
 
     def __init__(self, spec: WorkerSpec, fds: Sequence[int] = ()) -> None:
-        self.spec, self.fds = spec, fds  # descriptors from the launcher; for api: its listening sockets
+        num_doors = 0 if spec.node is None else len(spec.node.doors)
+        # Descriptors from the launcher behind those of the doors to other nodes; api's listening sockets.
+        self.spec, self.fds = spec, fds[num_doors:]
         self.config = spec.config
         self.model_folder = Path(spec.model_folder)
         self.worker = spec.worker
         self.epoch = spec.epochs[str(spec.worker)]
         epochs = {parse_worker(name): epoch for name, epoch in spec.epochs.items()}
         self.faults = Faults(spec.config.launcher.fault, spec.worker)
-        self.sockets = Sockets(Path(spec.run_dir), epochs, self.faults.encoder())
+        self.cluster = None if spec.node is None else Cluster(spec.node, fds[:num_doors], spec.worker.role)
+        self.sockets = Sockets(Path(spec.run_dir), epochs, self.faults.encoder(), cluster=self.cluster)
         self.status: Sender[WorkerMessage] = self.sockets.sender(STATUS)
         self.lanes = Lanes(self.origin, lambda: self.sockets.sender(LANES, high_water_mark=MAX_UNREAD))
         self.tracer = tracer_of(spec.config.launcher, spec.worker, self.lanes)
         self.recorder = self.faults.recorder(Path(spec.run_dir), self.epoch)
         self.quarantine = Quarantine(spec.worker.role, spec.quarantined)
         self.metrics = Metrics()
+        self.nodes = NodeMap(spec.node, spec.config.cluster.nnodes)
         if (otlp := self.tracer.otlp) is not None:
             self.metrics.counter("dropped_spans", DROPPED_SPANS, lambda: otlp.num_dropped)
+
+    def far_sites(self) -> Cluster | None:
+        """For further sockets of this worker, which bind nothing. None on a single machine."""
+        spec = self.spec.node
+        return None if spec is None else Cluster(replace(spec, doors=()), (), self.worker.role)
 
     @property
     def origin(self) -> Origin:
         return {"sender": self.worker, "epoch": self.epoch}
+
+    def sender_to_carrier(self) -> Sender[CarryMessage] | None:
+        """To the carrier of this node, if there are several nodes."""
+        carrier = self.nodes.carrier
+        return None if carrier is None else self.sockets.sender(CARRY, carrier.rank)
+
+    def epoch_of(self, worker: WorkerId) -> int:
+        """The last known."""
+        return self.sockets.epochs.get(worker, 0)
 
     def control(self) -> Receiver[ControlMessage]:
         return self.sockets.subscriber(CONTROL)
@@ -144,7 +164,7 @@ class WorkerContext:
             raise ShutdownRequested
         self.quarantine.learn(state.quarantined)
         self.lanes.watch(state.is_watched)
-        renewed = self.sockets.follow({worker.worker: worker.epoch for worker in state.workers})
+        renewed = self.sockets.follow(state)
         died = [worker for worker in state.workers if worker.worker in renewed]
         is_retiring = (self.worker, self.epoch) in state.retiring
         return ControlNews(state.is_draining, is_retiring, died, state.workers)
@@ -182,11 +202,6 @@ def limit_memory(allowed_mib: int) -> None:
 
 class ShutdownRequested(Exception):
     """The launcher ends the pipeline: unwinds a worker's loop."""
-
-
-def parse_worker(name: str) -> WorkerId:
-    role, rank = name.split(".")
-    return msgspec.convert((role, int(rank)), WorkerId)
 
 
 def run_worker(module: str, spec: WorkerSpec, fds: Sequence[int] = ()) -> NoReturn:

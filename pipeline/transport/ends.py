@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -56,7 +56,11 @@ class Sink(Protocol[M_contra]):
 
 
 class Sender(Generic[M]):
-    """PUSH end of an edge to one peer. Messages queue until the peer is connected."""
+    """PUSH end of an edge to one peer. Messages queue until the peer is connected.
+
+    A peer on another node has no address until it runs. Messages wait for one that is being started; those
+    for a node that has not joined are dropped, and so are those that are queued for a peer that dies.
+    """
 
     def __init__(
         self,
@@ -68,9 +72,12 @@ class Sender(Generic[M]):
         self._open_socket, self._high_water_mark = open_socket, high_water_mark
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self._socket = self._connect(url)
+        self._waiting: deque[list[bytes | memoryview]] | None = None  # for the address of a peer that starts
         self.url = url
 
-    def _connect(self, url: str) -> zmq.Socket[bytes]:
+    def _connect(self, url: str) -> zmq.Socket[bytes] | None:
+        if not url:
+            return None
         socket: zmq.Socket[bytes] = self._open_socket()
         socket.setsockopt(zmq.SNDHWM, self._high_water_mark)
         socket.connect(url)
@@ -83,7 +90,13 @@ class Sender(Generic[M]):
 
     def try_send(self, message: M, frames: Sequence[bytes | memoryview] = ()) -> bool:
         """False when the queue is full. For messages that may be dropped, such as statistics."""
+        if self.drops:
+            return True
         if (data := self._encoder.encode(message)) is None:
+            return True
+        if self._socket is None:
+            assert self._waiting is not None
+            self._waiting.append([data, *map(bytes, frames)])
             return True
         try:
             self._socket.send_multipart([data, *frames], zmq.NOBLOCK, copy=not frames)
@@ -91,13 +104,28 @@ class Sender(Generic[M]):
             return False
         return True
 
-    def reconnect(self, url: str) -> None:
-        """Connects to the successor of a dead peer. Messages queued for the dead peer are dropped."""
-        self._socket.close(linger=0)
+    @property
+    def drops(self) -> bool:
+        """Whether messages are dropped for lack of an address."""
+        return self._socket is None and self._waiting is None
+
+    def reconnect(self, url: str, is_starting: bool = False, has_died: bool = True) -> None:
+        """Connects to the successor of a dead peer. Messages queued for the dead peer are dropped.
+
+        `is_starting`: the successor has no address yet, but will have one. `has_died`: else what waits is for
+        the peer that has its address now.
+        """
+        self.close()
         self._socket, self.url = self._connect(url), url
+        waiting = self._waiting if self._waiting is not None and not has_died else deque()
+        if self._socket is not None:
+            for parts in waiting:
+                self._socket.send_multipart(parts, zmq.NOBLOCK)
+        self._waiting = waiting if is_starting and self._socket is None else None
 
     def close(self, linger_ms: int = 0) -> None:
-        self._socket.close(linger=linger_ms)
+        if self._socket is not None:
+            self._socket.close(linger=linger_ms)
 
 
 class _Decoding(Generic[M]):
@@ -122,9 +150,16 @@ class Receiver(Generic[M]):
     """PULL end of an edge, or SUB: `receive` never blocks."""
 
     def __init__(
-        self, socket: zmq.Socket[bytes], union: Any, url: str, is_authenticated: bool = False
+        self,
+        socket: zmq.Socket[bytes],
+        union: Any,
+        url: str,
+        is_authenticated: bool = False,
+        door: zmq.Socket[bytes] | None = None,
     ) -> None:
+        """`door`: the same edge for the workers of other nodes."""
         self.socket, self.url = socket, url
+        self.sockets = [socket] if door is None else [socket, door]
         self._decoding = _Decoding[M](union, is_authenticated)
         self._has_topic = socket.type == zmq.SUB
 
@@ -135,16 +170,27 @@ class Receiver(Generic[M]):
     def receive(self) -> Received[M] | None:
         """The next well-formed message; None when there is none, or after `MAX_GARBAGE` undecodable ones."""
         for _ in range(MAX_GARBAGE):
-            try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if (parts := self._next_parts()) is None:
                 return None
             if (received := self._decoding.decode(parts[self._has_topic :])) is not None:
                 return received
         return None
 
+    def _next_parts(self) -> list[zmq.Frame] | None:
+        """Of several sockets the one that gave a message waits until the others have been asked."""
+        for number, socket in enumerate(self.sockets):
+            try:
+                parts = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                continue
+            if len(self.sockets) > 1:
+                self.sockets.append(self.sockets.pop(number))
+            return parts
+        return None
+
     def close(self, linger_ms: int = 0) -> None:
-        self.socket.close(linger=linger_ms)
+        for socket in self.sockets:
+            socket.close(linger=linger_ms)
 
 
 class Relayed(Receiver[M]):
@@ -166,19 +212,30 @@ class Relayed(Receiver[M]):
 
     def reconnect(self, url: str) -> None:
         """Connects to the successor of a dead publisher."""
-        self.socket.disconnect(self.url)
-        self.socket.connect(url)
+        _reconnect(self.socket, self.url, url)
         self.url = url
+
+
+def _reconnect(socket: Any, old: str, new: str) -> None:
+    """A publisher on another node that does not run has no address."""
+    if old:
+        socket.disconnect(old)
+    if new:
+        socket.connect(new)
 
 
 class AsyncReceiver(Generic[M]):
     """A `Receiver` for asyncio."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, union: Any, url: str) -> None:
-        self.socket, self.url = socket, url
+    def __init__(
+        self, socket: zmq.asyncio.Socket, union: Any, url: str, door: zmq.asyncio.Socket | None = None
+    ) -> None:
+        """`door`: the same edge for the workers of other nodes."""
+        self.socket, self.url, self._door = socket, url, door
         self._decoding = _Decoding[M](union)
         self._has_topic = socket.type == zmq.SUB
         self._num_received = 0
+        self._pending: dict[zmq.asyncio.Socket, asyncio.Future[list[zmq.Frame]]] = {}  # where there is a door
 
     @property
     def num_refused(self) -> int:
@@ -186,8 +243,7 @@ class AsyncReceiver(Generic[M]):
 
     def reconnect(self, url: str) -> None:
         """Connects a subscriber to the successor of a dead publisher."""
-        self.socket.disconnect(self.url)
-        self.socket.connect(url)
+        _reconnect(self.socket, self.url, url)
         self.url = url
 
     async def receive(self) -> Received[M]:
@@ -197,12 +253,29 @@ class AsyncReceiver(Generic[M]):
             self._num_received += 1
             if self._num_received % MAX_GARBAGE == 0:
                 await asyncio.sleep(0)
-            parts = await self.socket.recv_multipart(copy=False)
+            parts = await self._next_parts()
             if (received := self._decoding.decode(parts[self._has_topic :])) is not None:
                 return received
 
+    async def _next_parts(self) -> list[zmq.Frame]:
+        if self._door is None:
+            parts: list[zmq.Frame] = await self.socket.recv_multipart(copy=False)
+            return parts
+        while True:
+            for socket in (self.socket, self._door):
+                if socket not in self._pending:
+                    # a future that is kept: a cancelled receive must lose no message
+                    self._pending[socket] = asyncio.ensure_future(socket.recv_multipart(copy=False))
+            await asyncio.wait(self._pending.values(), return_when=asyncio.FIRST_COMPLETED)
+            done = next(socket for socket, future in self._pending.items() if future.done())
+            # A socket with CURVE may count as readable during a handshake.
+            with contextlib.suppress(zmq.Again):
+                return self._pending.pop(done).result()
+
     def close(self, linger_ms: int = 0) -> None:
-        self.socket.close(linger=linger_ms)
+        for socket in (self.socket, self._door):
+            if socket is not None:
+                socket.close(linger=linger_ms)
 
 
 class Publisher(Generic[M]):
@@ -217,10 +290,13 @@ class Publisher(Generic[M]):
         accepts: Callable[[bytes, str], bool],
         encoder: MessageEncoder | None = None,
         is_authenticated: bool = False,
+        door: zmq.Socket[bytes] | None = None,
     ) -> None:
-        self.socket = socket
+        """`door`: the same edge for the workers of other nodes."""
+        self.sockets = [socket] if door is None else [socket, door]
         self._accepts, self._is_authenticated = accepts, is_authenticated
-        self._refused: Counter[bytes] = Counter()  # refused subscriptions that are not ended yet, by topic
+        # Refused subscriptions that are not ended yet, by the socket and the topic.
+        self._refused: Counter[tuple[int, bytes]] = Counter()
         self._encoder = encoder or msgspec.msgpack.Encoder()
         self.num_refused = 0
 
@@ -228,27 +304,32 @@ class Publisher(Generic[M]):
         """Accepted subscriptions that began or ended since the last call. Reads at most `max_events` frames;
         a poller wakes again for the rest."""
         seen: list[Subscription] = []
+        for socket in self.sockets:
+            self._read(socket, max_events, seen)
+        return seen
+
+    def _read(self, socket: zmq.Socket[bytes], max_events: int, seen: list[Subscription]) -> None:
         for _ in range(max_events):
             try:
-                frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+                frame = socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             event = frame.bytes
             if event[:1] not in (b"\0", b"\1"):
                 continue
             topic, is_new = event[1:], event[0] == 1
+            place = socket.fileno(), topic
             if is_new and not self._accepts(topic, str(frame.get(USER_ID)) if self._is_authenticated else ""):
                 self.num_refused += 1
-                self._refused[topic] += 1
+                self._refused[place] += 1
                 continue
             # ZeroMQ does not say whose subscription ends: a refused one must not end an accepted one
-            if not is_new and self._refused[topic] > 0:
-                self._refused[topic] -= 1
+            if not is_new and self._refused[place] > 0:
+                self._refused[place] -= 1
                 self._refused += Counter()  # drops zeros
                 continue
-            self.socket.setsockopt(zmq.SUBSCRIBE if is_new else zmq.UNSUBSCRIBE, topic)
+            socket.setsockopt(zmq.SUBSCRIBE if is_new else zmq.UNSUBSCRIBE, topic)
             seen.append(Subscription(topic, is_new))
-        return seen
 
     def publish(self, message: M, topic: bytes = ALL) -> bool:
         """False if the queue of a subscriber of this topic is full. True, and lost, without subscribers."""
@@ -257,11 +338,14 @@ class Publisher(Generic[M]):
 
     def publish_raw(self, data: bytes, topic: bytes) -> bool:
         """`publish` for an encoded message."""
-        try:
-            self.socket.send_multipart([topic, data], zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
+        has_room = True
+        for socket in self.sockets:
+            try:
+                socket.send_multipart([topic, data], zmq.NOBLOCK)
+            except zmq.Again:
+                has_room = False
+        return has_room
 
     def close(self, linger_ms: int = 0) -> None:
-        self.socket.close(linger=linger_ms)
+        for socket in self.sockets:
+            socket.close(linger=linger_ms)

@@ -27,7 +27,7 @@ class Memory(Protocol):
 
     def read(self, offset: int, nbytes: int) -> bytes: ...
 
-    def write(self, offset: int, data: bytes) -> None: ...
+    def write(self, offset: int, data: bytes | memoryview) -> None: ...
 
     def close(self) -> None: ...
 
@@ -64,7 +64,7 @@ class HostMemory:
     def read(self, offset: int, nbytes: int) -> bytes:
         return bytes(self.buffer[offset : offset + nbytes])
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         self.buffer[offset : offset + len(data)] = data
 
     def close(self) -> None:
@@ -217,8 +217,8 @@ class CudaMemory:
     def read(self, offset: int, nbytes: int) -> bytes:
         return self._runtime.read(self._pointer + offset, nbytes)
 
-    def write(self, offset: int, data: bytes) -> None:
-        self._runtime.write(self._pointer + offset, data)
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        self._runtime.write(self._pointer + offset, bytes(data))
 
     def close(self) -> None:
         if self._owned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import zmq
@@ -44,14 +45,16 @@ class Poller:
             self.add(source)
 
     def add(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
-        self._poller.register(
-            source.socket if isinstance(source, Receiver | Publisher) else source.fileno(), zmq.POLLIN
-        )
+        for one in _sockets_of(source):
+            self._poller.register(one, zmq.POLLIN)
 
     def remove(self, source: Receiver[Any] | Publisher[Any] | Pollable) -> None:
-        self._poller.unregister(
-            source.socket if isinstance(source, Receiver | Publisher) else source.fileno()
-        )
+        for one in _sockets_of(source):
+            self._poller.unregister(one)
 
     def wait(self, timeout_s: float | None = None) -> None:
         self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000)))
+
+
+def _sockets_of(source: Receiver[Any] | Publisher[Any] | Pollable) -> Sequence[Any]:
+    return source.sockets if isinstance(source, Receiver | Publisher) else (source.fileno(),)

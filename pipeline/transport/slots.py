@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+from pipeline.wire.base import Order
+
 ALIGNMENT = 256  # bytes; enough for any dtype and for vector loads
 K = TypeVar("K", bound=Hashable)
 
@@ -23,13 +25,6 @@ class Slot(NamedTuple):
     generation: int
     offset: int  # bytes
     nbytes: int
-
-
-class Order(NamedTuple):
-    """Position in the global order: requests as the LLM admits them, then a request's items by position."""
-
-    arrival: int
-    position: int
 
 
 class _Region:
@@ -153,6 +148,7 @@ def align(nbytes: int) -> int:
 class _Expected:
     order: Order
     tenant: str
+    may_use_reserve: bool
     nbytes: int = 0  # 0: no slot is asked for yet
 
 
@@ -160,7 +156,8 @@ class OrderedSlots(Generic[K]):
     """Grants slots in order within a tenant; the reserve serves only the oldest expected key without a slot.
 
     A key is *expected* as soon as it is known, long before its data arrives, so that a younger key whose data
-    arrives earlier cannot take the reserve. The rest of the pool goes to the tenant that holds the fewest
+    arrives earlier cannot take the reserve. Where keys become known with their data only, another has to say
+    which of them `may_use_reserve`. The rest of the pool goes to the tenant that holds the fewest
     bytes of it: a tenant with a long queue delays its own keys only. `evict` frees an unused slot, and
     returns whether it did.
     """
@@ -173,17 +170,25 @@ class OrderedSlots(Generic[K]):
         # the key that did not fit: it goes before keys of tenants that hold as many bytes
         self._turn: K | None = None
 
-    def expect(self, key: K, order: Order, tenant: str = "") -> None:
+    def expect(self, key: K, order: Order, tenant: str = "", may_use_reserve: bool = True) -> None:
         if key in self._keys:
             self.forget(key)
-        self._keys[key] = _Expected(order, tenant)
-        bisect.insort(self._expected, (order, key))
+        self._keys[key] = _Expected(order, tenant, may_use_reserve)
+        if may_use_reserve:
+            bisect.insort(self._expected, (order, key))
+
+    def let_use_reserve(self, key: K) -> None:
+        known = self._keys[key]
+        if not known.may_use_reserve:
+            known.may_use_reserve = True
+            bisect.insort(self._expected, (known.order, key))
 
     def forget(self, key: K) -> None:
         """The key needs no slot (any more). Unknown keys are ignored: a hit and a cancellation may cross."""
         if (known := self._keys.pop(key, None)) is None:
             return
-        _remove(self._expected, (known.order, key))
+        if known.may_use_reserve:
+            _remove(self._expected, (known.order, key))
         if known.nbytes:
             _remove(self._waiting[known.tenant], (known.order, key))
             if not self._waiting[known.tenant]:
@@ -220,6 +225,8 @@ class OrderedSlots(Generic[K]):
         self._turn = key if slot is None else None
         if slot is not None:
             return key, slot
+        if not self._expected:
+            return None
         oldest = self._expected[0][1]
         if self._keys[oldest].nbytes and (slot := self._allocate(oldest, use_general=False)) is not None:
             return oldest, slot

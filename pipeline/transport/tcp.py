@@ -27,7 +27,8 @@ def tcp_address(host: str, port: int, edge: Edge) -> str:
     return f"tcp://{f'[{host}]' if ':' in host else host}:{port + DIRECT_EDGES.index(edge)}"
 
 
-def _prepare(socket: Any) -> None:
+def set_tcp_options(socket: Any) -> None:
+    """Of every socket over tcp, before it binds or connects."""
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -60,7 +61,7 @@ class RemotePipeline:
         return tcp_address(self._host, self._port, edge)
 
     def prepare(self, socket: Any) -> None:
-        _prepare(socket)
+        set_tcp_options(socket)
         socket.curve_serverkey = self._keys.server
         socket.curve_publickey, socket.curve_secretkey = self._keys.own.public, self._keys.own.secret
 
@@ -102,7 +103,7 @@ class ClientListener:
         return tcp_address(self._host, self._port, edge)
 
     def prepare(self, socket: Any) -> None:
-        _prepare(socket)
+        set_tcp_options(socket)
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = self._keys.own.public, self._keys.own.secret
         socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN.encode())

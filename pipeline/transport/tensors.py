@@ -20,6 +20,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from pipeline.transport.memory import (
@@ -41,10 +42,11 @@ if TYPE_CHECKING:
 # a smaller cudaMalloc may share its 2 MiB with another allocation, which would be exported too
 CUDA_GRANULE = 2 << 20
 PATTERN_BYTES = 64
+NO_GENERATION = 0  # the first is 1
 
 
 class StaleHandleError(PipelineError):
-    """A handle of a dead epoch, of a slot that was allocated again, or outside its pool."""
+    """A handle of a dead epoch, of bytes that were allocated again, or outside its pool."""
 
 
 class PoolGoneError(PipelineError):
@@ -60,6 +62,8 @@ class TensorPool:
         memory.write(info.nbytes, info.pattern)
         self._table_memory = HostMemory(info.table_fd, 8 * info.max_slots)
         self._table = self._table_memory.array(0, (info.max_slots,), "int64")
+        # What the latest generation of each slot has, or had: first byte, and first byte behind it.
+        self._starts, self._stops = np.zeros((2, info.max_slots), np.int64)
 
     @classmethod
     def on_host(cls, pool_id: str, epoch: int, nbytes: int, max_slots: int) -> TensorPool:
@@ -99,13 +103,18 @@ class TensorPool:
         return cls(info, CudaMemory(runtime, device, pointer, owned=True))
 
     def lend(self, slot: Slot, shape: tuple[int, ...], dtype: str) -> TensorHandle:
-        """A handle for a slot just allocated. Handles of the slot's earlier generations become stale."""
+        """A handle for a slot. With the first of a generation all handles of earlier tensors in its bytes
+        become stale, whatever the numbers of their slots."""
         handle = TensorHandle(
             self.info.pool_id, self.info.epoch, slot.number, slot.generation, slot.offset, shape, dtype
         )
         if handle.nbytes > slot.nbytes:
             raise ValueError(f"a tensor of {handle.nbytes} bytes does not fit a slot of {slot.nbytes}")
-        self._table[slot.number] = slot.generation
+        if self._table[slot.number] != slot.generation:
+            stop = slot.offset + slot.nbytes
+            self._table[(self._starts < stop) & (self._stops > slot.offset)] = NO_GENERATION
+            self._starts[slot.number], self._stops[slot.number] = slot.offset, stop
+            self._table[slot.number] = slot.generation
         return handle
 
     def array(self, handle: TensorHandle) -> npt.NDArray[Any]:
@@ -115,6 +124,12 @@ class TensorPool:
 
     def tensor(self, handle: TensorHandle) -> torch.Tensor:
         return self.memory.tensor(handle.offset, handle.shape, handle.dtype)
+
+    def write(self, handle: TensorHandle, start: int, data: bytes | memoryview) -> None:
+        """Writes bytes of a tensor from `start` on. Raises ValueError for bytes beyond its end."""
+        if not 0 <= start <= start + len(data) <= handle.nbytes:
+            raise ValueError(f"{len(data)} bytes from {start} on do not fit a tensor of {handle.nbytes}")
+        self.memory.write(handle.offset + start, data)
 
     def close(self) -> None:
         self.memory.close()
@@ -183,6 +198,14 @@ class PoolMap:
         mapping = self._mappings.get(pool_id)
         return mapping is not None and mapping.info.epoch >= epoch
 
+    def addresses(self, pool_id: str, epoch: int) -> tuple[int, int] | None:
+        """Of the pool's memory and of its table of generations, in this process. None if it is not mapped, or
+        not on the host."""
+        mapping = self._mappings.get(pool_id)
+        if mapping is None or mapping.info.epoch != epoch or not isinstance(mapping.memory, HostMemory):
+            return None
+        return mapping.memory.address, mapping.table_memory.address
+
     def tensor(self, handle: TensorHandle) -> torch.Tensor:
         """The tensor in place.
 
@@ -204,6 +227,13 @@ class PoolMap:
                 "in it"
             )
         memory.copy_to(out, handle.offset + start * row_bytes)
+
+    def read(self, handle: TensorHandle, start: int, nbytes: int) -> bytes:
+        """A copy of bytes of the tensor from `start` on. Raises as `tensor` does, also where the slot was
+        allocated again while it was read."""
+        data = self._find(handle).memory.read(handle.offset + start, min(nbytes, handle.nbytes - start))
+        self._find(handle)
+        return data
 
     def _find(self, handle: TensorHandle) -> _Mapping:
         mapping = self._mappings.get(handle.pool_id)

@@ -40,6 +40,13 @@ class ChunkKey(NamedTuple):
     lead: int = 0  # the LLM rank that runs the request, or leads the group that does
 
 
+class Order(NamedTuple):
+    """Position in the global order: requests as the LLM admits them, then a request's items by position."""
+
+    arrival: int
+    position: int
+
+
 class GridTHW(NamedTuple):
     """Patches of an item: time, height, width."""
 
@@ -53,9 +60,14 @@ class GridTHW(NamedTuple):
 
 
 class PoolOpened(WorkerMessage, frozen=True, kw_only=True):
-    """The sender's pool, once, before any handle of it."""
+    """The sender's pool, once, before any handle of it.
+
+    Between nodes it only begins what the sender says to this incarnation of the receiver: the carrier that
+    passes it on drops what is meant for a dead one.
+    """
 
     pool: PoolInfo
+    receiver_epoch: int = 0  # the incarnation that is meant, where it travels between nodes
 
 
 class PoolClosed(WorkerMessage, frozen=True, kw_only=True):

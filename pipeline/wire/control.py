@@ -22,6 +22,15 @@ class WorkerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     counters: dict[str, Number] = msgspec.field(default_factory=dict)
     silent_s: float = 0.0  # since its last stats: after some seconds it is in one long piece of work
     metrics: tuple[Metric, ...] = ()  # what `counters` are, and histograms
+    # Where workers of other nodes reach the edges that it binds, by the edge's name with its rank.
+    urls: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class NodeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node that has joined; the head is node 0."""
+
+    rank: int
+    public_key: bytes  # of the edges to its workers, in ZeroMQ's text form
 
 
 class ReloadState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +55,7 @@ class PipelineState(Message, frozen=True, kw_only=True):
     # By role: digests of the requests that workers of this role executed when they died, with no new token
     # since. In that role each of these requests runs alone.
     quarantined: dict[Role, tuple[bytes, ...]] = msgspec.field(default_factory=dict)
+    nodes: tuple[NodeState, ...] = ()  # of a pipeline over several machines
     is_watched: bool = False  # somebody looks at the lanes: workers tell the api of their work
 
 

@@ -35,14 +35,14 @@ class CancelEncode(WorkerMessage, frozen=True, kw_only=True):
 
 
 class LeaseReleased(WorkerMessage, frozen=True, kw_only=True):
-    """llm → vit: these embeddings have been read by every rank."""
+    """llm, carrier → vit, carrier: these embeddings have been read by every rank, or copied."""
 
     lease_ids: tuple[int, ...]
 
 
 class LeaseSet(WorkerMessage, frozen=True, kw_only=True):
-    """llm → vit, once a second: all leases I hold; one that is missing twice is free, so a lost release
-    heals."""
+    """llm, carrier → vit, carrier, once a second: all leases I hold; one that is missing twice is free, so a
+    lost release heals."""
 
     lease_ids: tuple[int, ...]
     last_lease_id: int  # the latest lease that has arrived: later ones may still be under way
@@ -58,18 +58,25 @@ class LeaseRequest(WorkerMessage, frozen=True, kw_only=True):
     mm_hash: bytes
 
 
-# encode.<i>: preprocess and llm rank 0 → vit i
+# encode.<i>: preprocess, llm rank 0 and carriers → vit i
 EncodeMessage = PoolOpened | EncodeRequest | CancelEncode | LeaseReleased | LeaseSet | LeaseRequest
 
 
 class PixelsReleased(WorkerMessage, frozen=True, kw_only=True):
-    """vit → preprocess: this chunk needs no pixels (any more): encoded, found in the cache, or cancelled."""
+    """vit → preprocess, or the carrier of its node: this chunk needs no pixels (any more): encoded, found in
+    the cache, or cancelled."""
+
+    key: ChunkKey
+
+
+class PixelsCopied(WorkerMessage, frozen=True, kw_only=True):
+    """carrier → preprocess: this chunk's pixels are in my pool; yours are free. `PixelsReleased` follows."""
 
     key: ChunkKey
 
 
 class EncodeMiss(WorkerMessage, frozen=True, kw_only=True):
-    """vit → preprocess: I do not have this chunk, send its pixels."""
+    """vit → preprocess, or the carrier of its node: I do not have this chunk, send its pixels."""
 
     key: ChunkKey
 
@@ -82,6 +89,14 @@ class ItemNotNeeded(WorkerMessage, frozen=True, kw_only=True):
     item: int
 
 
+class PromptComputed(WorkerMessage, frozen=True, kw_only=True):
+    """llm → preprocess: the request has its first token; from now on it takes little of the group's time."""
+
+    client_id: bytes  # whose attempt it is
+    request_id: str
+    attempt: int
+
+
 class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
     """llm → preprocess: forget this request's media and give its credit to another."""
 
@@ -91,5 +106,5 @@ class RequestEnded(WorkerMessage, frozen=True, kw_only=True):
     is_interrupted: bool = False  # if resubmitted, it is admitted even if the server is full
 
 
-# feedback: vits and llm rank 0 → preprocess
-FeedbackMessage = PixelsReleased | EncodeMiss | ItemNotNeeded | RequestEnded
+# feedback: vits, llm rank 0 and carriers → preprocess
+FeedbackMessage = PixelsReleased | PixelsCopied | EncodeMiss | ItemNotNeeded | PromptComputed | RequestEnded

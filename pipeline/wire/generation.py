@@ -6,21 +6,45 @@ from typing import NamedTuple
 
 import msgspec
 
-from pipeline.wire.base import ChunkKey, PoolOpened, WorkerMessage
+from pipeline.wire.base import ChunkKey, Order, PoolOpened, WorkerMessage
 from pipeline.wire.clients import AbortRequest, ChoiceProgress, Hello, Preparing, QueryRequest
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.handles import TensorHandle
 from pipeline.wire.sampling import SamplingParams
+from pipeline.wire.topology import Role, WorkerId
 from pipeline.wire.trace_context import Trace
 
 
-class MmChunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Via(NamedTuple):
+    """A carrier on a chunk's way, and its epoch when the chunk was routed."""
+
+    node: int
+    epoch: int
+
+
+class MmChunk(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A chunk and the ViT that the router chose for it."""
 
     mm_hash: bytes
     num_tokens: int
     vit: int
     vit_epoch: int
+    carriers: tuple[Via, ...] = ()  # that its pixels or its embeddings pass
+
+    @property
+    def sources(self) -> list[WorkerId]:
+        """The workers whose death loses the chunk until it is read."""
+        return [WorkerId(Role.VIT, self.vit), *(WorkerId(Role.CARRIER, via.node) for via in self.carriers)]
+
+    def is_lost_with(self, worker: WorkerId, epoch: int) -> bool:
+        """Whether it was to come from, or through, a worker that has died. `epoch` is its successor's."""
+        match worker.role:
+            case Role.VIT:
+                return self.vit == worker.rank and self.vit_epoch < epoch
+            case Role.CARRIER:
+                return any(via.node == worker.rank and via.epoch < epoch for via in self.carriers)
+            case _:
+                return False
 
 
 class Span(NamedTuple):
@@ -72,29 +96,31 @@ class GenerateRequest(WorkerMessage, frozen=True, kw_only=True):
     cache_salt: bytes = b""
     adapter: str = ""  # its name; empty: the model without one
     tenant: str = ""  # whose turn the request takes; empty: the client is the tenant
-    arrived_at: float = 0.0  # its first attempt, in seconds of the machine's monotonic clock; 0: unknown
+    # Its first attempt, in seconds of the machine's monotonic clock; 0: unknown, or on another machine.
+    arrived_at: float = 0.0
     trace: Trace = msgspec.UNSET
 
 
 class EmbeddingReady(WorkerMessage, frozen=True, kw_only=True):
-    """vit → llm: the embeddings of one chunk are in my pool, leased to you."""
+    """vit, carrier → llm: the embeddings of one chunk are in my pool, leased to you."""
 
     key: ChunkKey
     lease_id: int
     embeddings: TensorHandle  # [num_tokens, hidden]
     was_encoded: bool  # since the request came; else it was in my cache
     sent_at: float = 0.0  # in seconds of the machine's monotonic clock; 0: unknown
+    order: Order | None = None  # None: it answers a `LeaseRequest`
 
 
 class EncodeFailed(WorkerMessage, frozen=True, kw_only=True):
-    """vit → llm: this chunk cannot be encoded."""
+    """vit, carrier → llm: this chunk cannot be encoded."""
 
     key: ChunkKey
     error: ErrorInfo
 
 
 class LeaseRefused(WorkerMessage, frozen=True, kw_only=True):
-    """vit → llm: this chunk is no longer in my cache."""
+    """vit, carrier → llm: this chunk is no longer in my cache, or cannot be carried."""
 
     key: ChunkKey
 
@@ -121,5 +147,5 @@ FromPreprocess = (
 )
 
 
-# llm: preprocess and vits → llm rank 0
+# llm: preprocess, vits and carriers → llm rank 0
 LlmMessage = FromPreprocess | PoolOpened | EmbeddingReady | EncodeFailed | LeaseRefused

@@ -23,6 +23,7 @@ class Role(enum.StrEnum):
     VIT = "vit"
     LLM = "llm"
     GATEWAY = "gateway"
+    CARRIER = "carrier"  # its rank is the number of its node
     CLIENT = "client"
 
 
@@ -32,6 +33,12 @@ class WorkerId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.role}.{self.rank}"
+
+
+def parse_worker(name: str) -> WorkerId:
+    """Of its name. Raises ValueError for another text."""
+    role, _, rank = name.partition(".")
+    return WorkerId(Role(role), int(rank))
 
 
 class Pattern(enum.Enum):
@@ -50,24 +57,38 @@ class Edge:
 
 
 INGEST = Edge("ingest", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.API, Role.GATEWAY, Role.CLIENT))
-ENCODE = Edge("encode", Pattern.PUSH_PULL, Role.VIT, (Role.PREPROCESS, Role.LLM), per_rank=True)
-FEEDBACK = Edge("feedback", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.VIT, Role.LLM))
-LLM = Edge("llm", Pattern.PUSH_PULL, Role.LLM, (Role.PREPROCESS, Role.VIT), per_rank=True)
+ENCODE = Edge("encode", Pattern.PUSH_PULL, Role.VIT, (Role.PREPROCESS, Role.LLM, Role.CARRIER), per_rank=True)
+FEEDBACK = Edge("feedback", Pattern.PUSH_PULL, Role.PREPROCESS, (Role.VIT, Role.LLM, Role.CARRIER))
+LLM = Edge("llm", Pattern.PUSH_PULL, Role.LLM, (Role.PREPROCESS, Role.VIT, Role.CARRIER), per_rank=True)
+CARRY = Edge(
+    "carry", Pattern.PUSH_PULL, Role.CARRIER, (Role.CARRIER, Role.PREPROCESS, Role.VIT, Role.LLM),
+    per_rank=True,
+)  # fmt: skip
 STEPS = Edge("steps", Pattern.PUB_SUB, Role.LLM, (Role.LLM,), per_rank=True)
 OUTPUTS = Edge("outputs", Pattern.PUB_SUB, Role.LLM, (Role.API, Role.GATEWAY, Role.CLIENT), per_rank=True)
 CONTROL = Edge(
     "control",
     Pattern.PUB_SUB,
     Role.LAUNCHER,
-    (Role.API, Role.GATEWAY, Role.CLIENT, Role.PREPROCESS, Role.VIT, Role.LLM),
+    (Role.API, Role.GATEWAY, Role.CLIENT, Role.PREPROCESS, Role.VIT, Role.LLM, Role.CARRIER),
 )
 STATUS = Edge(
-    "status", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.API, Role.GATEWAY, Role.PREPROCESS, Role.VIT, Role.LLM)
+    "status",
+    Pattern.PUSH_PULL,
+    Role.LAUNCHER,
+    (Role.API, Role.GATEWAY, Role.PREPROCESS, Role.VIT, Role.LLM, Role.CARRIER),
 )
+REPORTS = Edge("reports", Pattern.PUSH_PULL, Role.LAUNCHER, (Role.LAUNCHER,))
+ORDERS = Edge("orders", Pattern.PUB_SUB, Role.LAUNCHER, (Role.LAUNCHER,))
 LANES = Edge("lanes", Pattern.PUSH_PULL, Role.API, (Role.PREPROCESS, Role.VIT, Role.LLM))
-EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CONTROL, STATUS, LANES)
+EDGES = (INGEST, ENCODE, FEEDBACK, LLM, STEPS, OUTPUTS, CARRY, CONTROL, STATUS, LANES, REPORTS, ORDERS)
+# The edges between the launchers of several nodes, over tcp only.
+NODE_EDGES = (REPORTS, ORDERS)
 # The edges that clients use; the gateway binds them for clients on other machines.
 DIRECT_EDGES = (CONTROL, INGEST, OUTPUTS)
+
+# By edge: the roles whose messages to another node pass the carrier there, since they hold tensors' handles.
+CARRIED = {ENCODE: Role.PREPROCESS, LLM: Role.VIT}
 
 
 def socket_name(edge: Edge, rank: int, epoch: int) -> str:

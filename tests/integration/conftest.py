@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests.servers import Server
@@ -20,20 +17,5 @@ LIMITS = (
 
 
 @pytest.fixture(scope="session")
-def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("media")
-
-
-@pytest.fixture(scope="session")
-def server(media_folder: Path) -> Iterator[Server]:
-    """The embedded model, with local media allowed; in float32, so that answers do not depend on what else is
-    computed with them."""
-    with Server(
-        "--dtype",
-        "float32",
-        "--allowed-local-media-path",
-        str(media_folder),
-        "--allow-private-media",
-        *LIMITS,
-    ) as running:
-        yield running
+def server(embedded_server: Server) -> Server:
+    return embedded_server

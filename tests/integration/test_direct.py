@@ -170,7 +170,7 @@ def test_a_batch_keeps_its_order_and_tells_errors_line_by_line(server: Server, t
 
 def test_a_killed_batch_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
     source, target, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    source.write_text("".join(request_line(number, max_tokens=60) + "\n" for number in range(40)))
+    source.write_text("".join(request_line(number, max_tokens=30) + "\n" for number in range(40)))
     subprocess.run(batch(server, source, whole), check=True, capture_output=True, timeout=120)
     for _ in range(2):
         process = subprocess.Popen(batch(server, source, target), stderr=subprocess.DEVNULL)

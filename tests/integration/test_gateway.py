@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from tests.pictures import encode, scene
 from tests.servers import Server
 from tools.processes import free_port, workers_of
 
-GREEDY = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
 CHAT = [ChatMessage("user", (ImagePart(frame=0), TextPart("What is it?")))]
 
 
@@ -74,10 +75,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(server, f"tcp://127.0.0.1:{port}", client)
 
 
-def ask(client: BlockingClient, number: int) -> tuple[int, ...]:
-    return tuple(
-        token for piece in client.generate(CHAT, GREEDY, [encode(scene(number))]) for token in piece.token_ids
-    )
+def ask(client: BlockingClient, number: int, begun: threading.Event | None = None) -> tuple[int, ...]:
+    """`begun` is set when the first token has come."""
+    tokens: tuple[int, ...] = ()
+    for piece in client.generate(CHAT, GREEDY, [encode(scene(number))]):
+        tokens += tuple(piece.token_ids)
+        if begun is not None:
+            begun.set()
+    return tokens
 
 
 def num_resubmitted(client: BlockingClient) -> int:
@@ -204,8 +209,9 @@ def test_the_gateway_dies_and_no_stream_has_a_gap(served: Served) -> None:
         expected = [ask(here, number) for number in range(4)]
         restarts = served.metrics()["worker_restarts"]
         for kill in range(3):
-            answers = [threads.submit(ask, there, number) for number in range(4)]
-            time.sleep(0.1 + 0.1 * kill)
+            begun = threading.Event()
+            answers = [threads.submit(ask, there, number, begun) for number in range(4)]
+            assert not kill or begun.wait(30)  # the first kill meets prompts on their way
             os.kill(workers_of(served.server.process.pid)["gateway.0"], signal.SIGKILL)
             assert [answer.result(timeout=30) for answer in answers] == expected
         served.wait_for("worker_restarts", restarts + 3)
@@ -221,8 +227,9 @@ def test_other_workers_die_and_no_stream_over_tcp_has_a_gap(served: Served) -> N
     ):
         expected = [ask(here, number) for number in range(4)]
         for victim in ("preprocess.0", "llm.0", "vit.0"):
-            answers = [threads.submit(ask, there, number) for number in range(4)]
-            time.sleep(0.15)
+            begun = threading.Event()
+            answers = [threads.submit(ask, there, number, begun) for number in range(4)]
+            assert victim == "preprocess.0" or begun.wait(30)
             os.kill(workers_of(served.server.process.pid)[victim], signal.SIGKILL)
             assert [answer.result(timeout=30) for answer in answers] == expected
         assert num_resubmitted(there) >= 3, "the kills came while streams ran"

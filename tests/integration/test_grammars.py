@@ -39,8 +39,8 @@ PERSON = {
 LIST = {
     "type": "array",
     "items": {"type": "integer", "minimum": 1, "maximum": 99},
-    "minItems": 60,
-    "maxItems": 60,
+    "minItems": 30,
+    "maxItems": 30,
 }
 TREE = {
     "$defs": {

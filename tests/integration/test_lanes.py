@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,41 +91,46 @@ async def messages(server: Server, session: aiohttp.ClientSession) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vlm_lane_messages"))
 
 
-async def test_what_all_workers_do_is_shown_and_a_stream_survives_kills() -> None:
-    with Server("--admin-key", "secret", "--dtype", "float32", *LIMITS) as server:
-        async with aiohttp.ClientSession() as session:
-            assert not await is_watched(server.run_dir)
-            expected = await stream_text(server, session, 0, 300)
-            assert await messages(server, session) == 0, "nobody looks: no worker tells anything"
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server("--admin-key", "secret", "--dtype", "float32", *LIMITS) as made:
+        yield made
+        made.children = workers_of(made.process.pid)
 
-            page = Page()
-            async with session.get(f"{server.url}/lanes/events") as response:
-                reading = asyncio.create_task(page.read(response.content))
-                await until(lambda: page.lanes)
-                assert page.lanes[0].keys() == {"llm.0", "vit.0", "preprocess.0", "api.0"}
-                await until_watched(server, True)
-                stream = asyncio.create_task(stream_text(server, session, 0, 300))
-                await ask_about_a_picture(server, session, 1)
-                for worker, kinds in KINDS.items():
-                    await until(lambda worker=worker, kinds=kinds: kinds <= page.kinds(worker))
-                for worker in ("vit.0", "llm.0"):
-                    await kill(server, session, worker)
-                    await until(lambda worker=worker: page.lanes[-1][worker]["epoch"] == 2)
-                    await until(lambda worker=worker: page.lanes[-1][worker]["is_ready"])
-                num_told = len(page.work["llm.0"])
-                assert await stream == expected, "it went on where it was"
-                await ask_about_a_picture(server, session, 2)
-                await until(lambda: len(page.work["llm.0"]) > num_told)
-                reading.cancel()
-            assert page.ids
-            assert all(one.startswith("chatcmpl-") for one in page.ids.values())
 
-            await until_watched(server, False)
-            before = await messages(server, session)
-            assert before > 0
-            await stream_text(server, session, 0, 100)
-            assert await messages(server, session) == before, "nobody looks any longer"
-        server.children = workers_of(server.process.pid)
+async def test_what_all_workers_do_is_shown_and_a_stream_survives_kills(server: Server) -> None:
+    async with aiohttp.ClientSession() as session:
+        assert not await is_watched(server.run_dir)
+        expected = await stream_text(server, session, 0, 200)
+        assert await messages(server, session) == 0, "nobody looks: no worker tells anything"
+
+        page = Page()
+        async with session.get(f"{server.url}/lanes/events") as response:
+            reading = asyncio.create_task(page.read(response.content))
+            await until(lambda: page.lanes)
+            assert page.lanes[0].keys() == {"llm.0", "vit.0", "preprocess.0", "api.0"}
+            await until_watched(server, True)
+            stream = asyncio.create_task(stream_text(server, session, 0, 200))
+            await ask_about_a_picture(server, session, 1)
+            for worker, kinds in KINDS.items():
+                await until(lambda worker=worker, kinds=kinds: kinds <= page.kinds(worker))
+            for worker in ("llm.0", "vit.0"):
+                await kill(server, session, worker)
+                await until(lambda worker=worker: page.lanes[-1][worker]["epoch"] == 2)
+                await until(lambda worker=worker: page.lanes[-1][worker]["is_ready"])
+            num_told = len(page.work["llm.0"])
+            assert await stream == expected, "it went on where it was"
+            await ask_about_a_picture(server, session, 2)
+            await until(lambda: len(page.work["llm.0"]) > num_told)
+            reading.cancel()
+        assert page.ids
+        assert all(one.startswith("chatcmpl-") for one in page.ids.values())
+
+        await until_watched(server, False)
+        before = await messages(server, session)
+        assert before > 0
+        await stream_text(server, session, 0, 30)
+        assert await messages(server, session) == before, "nobody looks any longer"
 
 
 async def until_watched(server: Server, expected: bool) -> None:
@@ -134,22 +139,20 @@ async def until_watched(server: Server, expected: bool) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_the_endpoint_itself_can_be_killed_and_a_page_comes_back() -> None:
-    with Server("--admin-key", "secret", *LIMITS) as server:
-        async with aiohttp.ClientSession() as session:
-            page = Page()
-            async with session.get(f"{server.url}/lanes/events") as response:
-                reading = asyncio.create_task(page.read(response.content))
-                await until(lambda: page.lanes)
-                await kill(server, session, "api.0")
-                with pytest.raises(aiohttp.ClientError):
-                    await asyncio.wait_for(reading, PATIENCE_S)
-            async with session.get(f"{server.url}/lanes/events") as response:
-                again = Page()
-                reading = asyncio.create_task(again.read(response.content))
-                await until(lambda: again.lanes and again.lanes[-1]["api.0"]["is_ready"])
-                assert again.lanes[-1]["api.0"]["epoch"] == 2
-                await ask_about_a_picture(server, session, 3)
-                await until(lambda: again.kinds("vit.0") == {"encode"})
-                reading.cancel()
-        server.children = workers_of(server.process.pid)
+async def test_the_endpoint_itself_can_be_killed_and_a_page_comes_back(server: Server) -> None:
+    async with aiohttp.ClientSession() as session:
+        page = Page()
+        async with session.get(f"{server.url}/lanes/events") as response:
+            reading = asyncio.create_task(page.read(response.content))
+            await until(lambda: page.lanes)
+            await kill(server, session, "api.0")
+            with pytest.raises(aiohttp.ClientError):
+                await asyncio.wait_for(reading, PATIENCE_S)
+        async with session.get(f"{server.url}/lanes/events") as response:
+            again = Page()
+            reading = asyncio.create_task(again.read(response.content))
+            await until(lambda: again.lanes and again.lanes[-1]["api.0"]["is_ready"])
+            assert again.lanes[-1]["api.0"]["epoch"] == 2
+            await ask_about_a_picture(server, session, 3)
+            await until(lambda: again.kinds("vit.0") == {"encode"})
+            reading.cancel()

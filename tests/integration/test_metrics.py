@@ -113,7 +113,8 @@ def test_what_is_shown_is_on_the_page(families: dict[str, ReadFamily]) -> None:
     assert shown <= listed
     missing = {name for name in listed - shown if "snapshots" not in name}  # this model keeps no states
     of_gateway = {shown_name(PREFIX, metric) for metric in declarations()["gateway: with --direct-port"]}
-    assert missing <= {*of_gateway, "vlm_dropped_spans_total"}
+    of_carrier = {shown_name(PREFIX, metric) for metric in declarations()["carrier: on several nodes"]}
+    assert missing <= {*of_gateway, *of_carrier, "vlm_dropped_spans_total"}
     assert all(f"`{name}`" in PAGE.read_text() for name in shown)
 
 

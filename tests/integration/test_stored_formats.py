@@ -20,7 +20,7 @@ from tests.servers import Server
 from tools.processes import workers_of
 from tools.random_checkpoint.quantized import quantize_checkpoint
 
-NUM_TOKENS = 40
+NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 CHATS = {name: FAMILY_CHATS[name] for name in ("one picture", "a video")}
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tests.servers import Server, is_alive
 from tools.processes import workers_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
 
 
 async def ask(client: PipelineClient, question: str, sampling: SamplingParams = GREEDY) -> list[int]:
@@ -63,12 +63,12 @@ async def kept_dead(server: Server, name: str) -> AsyncIterator[None]:
 
 @pytest.mark.timeout(240)
 async def test_while_one_group_is_dead_the_other_serves() -> None:
-    questions = [f"Tell me about number {number}" for number in range(6)]
+    questions = [f"Tell me about number {number}" for number in range(4)]
     with Server("--dp", "2", "--dtype", "float32", *LIMITS) as server:
         async with PipelineClient(server.run_dir) as client:
             expected = [await ask(client, question, LONG) for question in questions]
             running = [asyncio.create_task(ask(client, question, LONG)) for question in questions]
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.1)
             assert not any(task.done() for task in running)
             async with kept_dead(server, "llm.1"):
                 while "llm.1" not in restarts(client):
@@ -89,54 +89,58 @@ async def test_while_one_group_is_dead_the_other_serves() -> None:
         server.children = workers_of(server.process.pid)
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server("--dtype", "float32", *LIMITS) as made:
+        yield made
+        made.children = workers_of(made.process.pid)
+
+
 @pytest.mark.timeout(120)
-async def test_while_the_launcher_stands_still_all_is_served() -> None:
-    with Server("--dtype", "float32", *LIMITS) as server:
-        async with PipelineClient(server.run_dir) as client:
-            expected = await ask(client, "Hello")
-            server.process.send_signal(signal.SIGSTOP)
-            try:
-                end = time.monotonic() + 12
-                while time.monotonic() < end:
-                    assert await asyncio.wait_for(ask(client, "Hello"), 10) == expected
-                    await asyncio.sleep(0.3)
-                answer = await asyncio.to_thread(
-                    server.client().chat.completions.create,
-                    model="", messages=[{"role": "user", "content": "Hello"}], max_tokens=5,
-                )  # fmt: skip
-                assert answer.usage is not None
-                assert not client.failure
-            finally:
-                server.process.send_signal(signal.SIGCONT)
-            await asyncio.sleep(2)
-            assert await ask(client, "Hello") == expected
-            assert restarts(client) == {}
+async def test_while_the_launcher_stands_still_all_is_served(server: Server) -> None:
+    async with PipelineClient(server.run_dir) as client:
+        expected = await ask(client, "Hello")
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            end = time.monotonic() + 12
+            while time.monotonic() < end:
+                assert await asyncio.wait_for(ask(client, "Hello"), 10) == expected
+                await asyncio.sleep(0.3)
+            answer = await asyncio.to_thread(
+                server.client().chat.completions.create,
+                model="", messages=[{"role": "user", "content": "Hello"}], max_tokens=5,
+            )  # fmt: skip
+            assert answer.usage is not None
+            assert not client.failure
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(2)
+        assert await ask(client, "Hello") == expected
+        assert restarts(client) == {}
 
 
 @pytest.mark.timeout(180)
-async def test_what_a_cleaner_removes_from_the_run_directory_comes_back() -> None:
-    with Server("--dtype", "float32", *LIMITS) as server:
-        async with PipelineClient(server.run_dir) as client:
-            expected = await look(client, 1)
-            names = {entry.name for entry in server.run_dir.iterdir()}
-            for entry in server.run_dir.iterdir():
-                entry.unlink()
-            assert await look(client, 1) == expected
-            await asyncio.sleep(3)
-            others = ("lock", "activity", "flight", "ranks")
-            sockets = {name for name in names if name.split(".")[0] not in others}
-            assert sockets <= {entry.name for entry in server.run_dir.iterdir()}
-            async with PipelineClient(server.run_dir) as late:
-                assert await look(late, 1) == expected
-            for name in ("vit.0", "preprocess.0", "llm.0"):
-                os.kill(workers_of(server.process.pid)[name], signal.SIGKILL)
-                while name not in restarts(client):
-                    await asyncio.sleep(0.02)
-                assert await asyncio.wait_for(look(client, 1), 40) == expected
-            assert set(restarts(client).values()) == {1}
-            assert client.counters["given_up"] == 0
-        assert "was removed: bound again" in server.output
-        server.children = workers_of(server.process.pid)
+async def test_what_a_cleaner_removes_from_the_run_directory_comes_back(server: Server) -> None:
+    async with PipelineClient(server.run_dir) as client:
+        expected = await look(client, 1)
+        names = {entry.name for entry in server.run_dir.iterdir()}
+        for entry in server.run_dir.iterdir():
+            entry.unlink()
+        assert await look(client, 1) == expected
+        await asyncio.sleep(3)
+        others = ("lock", "activity", "flight", "ranks")
+        sockets = {name for name in names if name.split(".")[0] not in others}
+        assert sockets <= {entry.name for entry in server.run_dir.iterdir()}
+        async with PipelineClient(server.run_dir) as late:
+            assert await look(late, 1) == expected
+        for name in ("vit.0", "preprocess.0", "llm.0"):
+            os.kill(workers_of(server.process.pid)[name], signal.SIGKILL)
+            while name not in restarts(client):
+                await asyncio.sleep(0.02)
+            assert await asyncio.wait_for(look(client, 1), 40) == expected
+        assert set(restarts(client).values()) == {1}
+        assert client.counters["given_up"] == 0
+    assert "was removed: bound again" in server.output
 
 
 @pytest.mark.timeout(60)

@@ -17,6 +17,8 @@ from launcher.run_dir import RunDir
 from pipeline.config import Config, ModelConfig
 from pipeline.wire.topology import Role, WorkerId
 
+NODES = ("--nnodes", "2", "--master-addr", "h", "--node-token-file", "t")
+
 
 def test_defaults_are_those_of_the_dataclasses() -> None:
     assert parse([]) == Config()
@@ -123,7 +125,7 @@ def test_modelscope_without_its_package_says_so() -> None:
 def test_cores_are_divided_and_none_is_left_without(num_cores: int, size: int) -> None:
     cores = list(range(10, 10 + num_cores))
     placement = place(cores, size, size)
-    assert set(placement) == set(workers(size, size, has_gateway=True))
+    assert set(placement) == set(workers(size, size, has_gateway=True, num_carriers=1))
     for share in placement.values():
         assert share.cores
         assert set(share.cores) <= set(cores)
@@ -233,3 +235,38 @@ def test_without_its_packages_tracing_is_refused_before_anything_starts() -> Non
     assert out.returncode == 1
     assert "pip install 'vlm-pipeline[otel]'" in out.stderr + out.stdout
     assert "Traceback" not in out.stderr
+
+
+def test_the_environment_says_which_node_this_is_where_there_is_a_token() -> None:
+    lws = {"LWS_GROUP_SIZE": "3", "LWS_WORKER_INDEX": "2", "LWS_LEADER_ADDRESS": "head.pods"}
+    token = ("--node-token-file", "t")
+    found = parse(token, lws).cluster
+    assert (found.nnodes, found.node_rank, found.master_addr, found.master_port) == (3, 2, "head.pods", 29400)
+    assert parse(token, {}).cluster.nnodes == 1
+    assert parse((), lws).cluster.nnodes == 1, "it may be there for something else"
+    assert parse((*token, "--nnodes", "1"), lws).cluster.nnodes == 1
+    torchrun = {"MASTER_ADDR": "a", "MASTER_PORT": "1234", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}
+    found = parse((*token, "--master-addr", "10.0.0.1"), torchrun).cluster
+    assert (found.node_rank, found.master_addr, found.master_port) == (1, "10.0.0.1", 1234)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--nnodes", "2"), "nnodes 2 needs master_addr"),
+        (("--nnodes", "2", "--master-addr", "h"), "needs node_token_file"),
+        (("--head-only",), "head_only needs nnodes of 2 or more"),
+        (("--nodes-per-group", "2"), "nodes_per_group needs nnodes"),
+        (("--node-rank", "1"), "node_rank 1 must be less than nnodes, 1"),
+        ((*NODES, "--vit-only"), "vit_only is an option of other nodes"),
+        ((*NODES, "--node-ports", "9-8"), "must be FIRST-LAST"),
+        ((*NODES, "--nodes-per-group", "2"), "needs trusted_network"),
+        ((*NODES, "--nodes-per-group", "2", "--trusted-network"), "tp is 1, dp 1"),
+    ],
+)
+def test_nodes_that_cannot_be(
+    options: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(options)
+    assert sentence in capsys.readouterr().err

@@ -52,6 +52,15 @@ def test_the_next_waits_until_all_serve(folder: Path) -> None:
     assert reload.state.is_running
 
 
+def test_a_unit_whose_node_has_left_is_not_replaced(folder: Path) -> None:
+    reload, units = Reload(folder), [serving(Role.LLM), serving(Role.VIT)]
+    reload.begin(units, is_possible=True, now=NOW)
+    units[0].is_absent = True
+    assert reload.next(units[1:]) is units[1]
+    assert reload.next(units[1:]) is None
+    assert not reload.state.is_running
+
+
 def test_new_weights_are_a_generation_once_they_are_taken(folder: Path) -> None:
     reload = Reload(folder)
     put_new_weights(folder)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import LIMITS
 from tests.servers import Server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -46,9 +45,10 @@ def browser(playwright_api: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="package")
-def server(playwright_api: Any) -> Iterator[Server]:
-    with Server("--dtype", "float32", *LIMITS) as running:
-        yield running
+def server(playwright_api: Any, request: pytest.FixtureRequest) -> Server:
+    """That of all tests, which starts where there is a browser."""
+    found: Server = request.getfixturevalue("embedded_server")
+    return found
 
 
 class Watched:

@@ -52,8 +52,10 @@ def test_a_sample_answers_at_one_click(page: Any) -> None:
     page.locator(".sample").first.get_by_role("button").first.click()
     assert "red star" in answer_text(page).lower()
     told = figures(page)
-    for part in ("first token", "tokens/s", "prompt", "from the prefix cache", "encoded now"):
+    for part in ("first token", "tokens/s", "prompt", "from the prefix cache"):
         assert part in told
+    # another test may have asked this server about the same picture
+    assert "encoded now" in told or "from the ViT’s cache" in told
     wait_until(lambda: page.locator(".question .media img").count() == 1)
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from pipeline.families import EmbeddingSpec
 from pipeline.transport.ends import Subscription
-from pipeline.transport.slots import ALIGNMENT, Order, SlotAllocator
-from pipeline.wire.base import ChunkKey, GridTHW
+from pipeline.transport.slots import ALIGNMENT, SlotAllocator
+from pipeline.wire.base import ChunkKey, GridTHW, Order
 from pipeline.wire.clients import (
     PROTOCOL_VERSION,
     AbortRequest,

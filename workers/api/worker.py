@@ -108,7 +108,9 @@ class _Process:
         self._context = context
         config = context.config
         names = _parser_names(config.api, info)
-        self._client = client = PipelineClient(context.spec.run_dir, None, None, *names)
+        self._client = client = PipelineClient(
+            context.spec.run_dir, None, None, *names, cluster=context.far_sites()
+        )
         context.metrics.counters(COUNTED, lambda: client.counters)
         self._server = ApiServer(
             config.api,

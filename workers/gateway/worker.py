@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
+
 from pipeline.config import MIB
 from pipeline.process.process import ShutdownRequested, WorkerContext, limit_memory
 from pipeline.transport.ends import Publisher, Received, Receiver, Relayed
@@ -129,7 +131,11 @@ class _Relay:
             self._publish_state(self._state)
 
     def _publish_state(self, state: PipelineState) -> None:
+        """Without where and by which keys nodes reach each other."""
         self._greeted_at = time.monotonic()
+        if state.nodes:
+            workers = tuple(msgspec.structs.replace(one, urls={}) for one in state.workers)
+            state = msgspec.structs.replace(state, nodes=(), workers=workers)
         self._states.publish(state)
 
     def _read_control(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pipeline.wire.generation import GenerateRequest
+from pipeline.wire.topology import WorkerId
 from pipeline.wire.trace_context import Trace
 from workers.llm.chunk import Lease
 from workers.llm.request import WITHOUT_ADAPTER, AdapterKey, Request, progress_of
@@ -65,9 +66,9 @@ class Choices:
         """Embeddings of its prompt are under way."""
         return any(chunk.is_awaited for request in self.open for chunk in request.chunks)
 
-    def forget_vit(self, vit: int, epoch: int) -> bool:
-        """A ViT has died. Returns whether a choice needs embeddings of the dead ViT."""
-        are_hit = [request.forget_vit(vit, epoch) for request in self.open]
+    def forget_source(self, worker: WorkerId, epoch: int) -> bool:
+        """A ViT or a carrier has died. Returns whether a choice needs embeddings from there."""
+        are_hit = [request.forget_source(worker, epoch) for request in self.open]
         return any(are_hit)
 
     def keep_chunks_behind(self, num_tokens: int) -> None:

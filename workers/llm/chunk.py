@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from pipeline.wire.generation import MmChunk, MmItem
 from pipeline.wire.handles import TensorHandle
+from pipeline.wire.topology import WorkerId
 
 
 class Lease(NamedTuple):
-    vit: int
-    vit_epoch: int
+    owner: WorkerId  # of the pool: a ViT, or the carrier that has copied the embeddings to this node
+    epoch: int
     lease_id: int
 
 

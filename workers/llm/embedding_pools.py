@@ -29,6 +29,8 @@ class EmbeddingPools:
         """
         error, is_gone = "", False
         try:
+            if not self._parallel.maps_pools:
+                raise PipelineError("the pool is on another node")
             self._pools.open(info)
         except PoolGoneError as caught:
             error, is_gone = str(caught), True

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from pipeline.adapters import Adapter
 from pipeline.transport.ends import Sink, Subscription
-from pipeline.wire.base import Origin
+from pipeline.wire.base import Order, Origin
+from pipeline.wire.carrying import CarryMessage
 from pipeline.wire.clients import Welcome
 from pipeline.wire.control import WorkerState
 from pipeline.wire.encoding import EncodeMessage, FeedbackMessage
 from pipeline.wire.errors import ErrorInfo
-from pipeline.wire.generation import LlmMessage
+from pipeline.wire.generation import EmbeddingReady, LlmMessage
 from pipeline.wire.steps import SequenceStart, SequenceStep, StepsMessage
 from pipeline.wire.topology import Role, WorkerId
 from workers.llm.choices import Choices
@@ -34,12 +35,13 @@ from workers.llm.stepping import Runner, Stepper, Watch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """The sinks to rank 0's neighbours: clients, preprocess, ViTs by index, other ranks if there are any; and
-    `on_first_token`, called with a request's id at its first new token."""
+    """The sinks to rank 0's neighbours: clients, preprocess, ViTs by index, the carrier of this node and
+    other ranks if there are any; and `on_first_token`, called with a request's id at its first new token."""
 
     publish: Publish
     feedback: Sink[FeedbackMessage]
     vits: Sequence[Sink[EncodeMessage]]
+    carrier: tuple[WorkerId, Sink[CarryMessage]] | None = None
     publish_step: Callable[[StepsMessage], bool] | None = None
     on_first_token: Callable[[str], None] = lambda request_id: None
 
@@ -63,7 +65,8 @@ class Engine:
     ) -> None:
         self.scheduler, self.runner = scheduler, runner
         self._matcher_starts = matcher_starts or MatcherStarts(())
-        self._clients, self._leases = Clients(origin, welcome, links.publish), Leases(origin, links.vits)
+        self._clients = Clients(origin, welcome, links.publish)
+        self._leases = Leases(origin, links.vits, links.carrier)
         watch = watch or Watch()
         self.stepper = Stepper(
             origin,
@@ -86,6 +89,7 @@ class Engine:
             RequestStats(watch.metrics, welcome.max_model_len, watch.clock),
             watch.tracer,
         )
+        self._has_awaited_news = False  # a carrier has brought an embedding
         self.intake = Intake(
             origin,
             self._requests,
@@ -118,14 +122,16 @@ class Engine:
 
     def handle(self, message: LlmMessage, now: float, frames: Sequence[memoryview] = ()) -> None:
         self.intake.handle(message, now, frames)
+        if isinstance(message, EmbeddingReady) and message.sender.role is Role.CARRIER:
+            self._has_awaited_news = True
 
     def on_subscriptions(self, events: Iterable[Subscription], now: float) -> None:
         self._clients.on_subscriptions(events, now)
 
     def on_death(self, successor: WorkerState, now: float) -> None:
         """A neighbour has died, and has a successor."""
-        if successor.worker.role is Role.VIT:
-            self._collect_down_to(0, now)  # an in-flight step may read the dead ViT's pool
+        if successor.worker.role in (Role.VIT, Role.CARRIER):
+            self._collect_down_to(0, now)  # an in-flight step may read the dead worker's pool
         self.intake.on_death(successor, now)
 
     def step(self, now: float) -> bool:
@@ -133,6 +139,8 @@ class Engine:
 
         Returns False when there is nothing to do.
         """
+        if self._has_awaited_news:
+            self._tell_awaited()
         is_preparing = self._take_matchers(now)
         schedule = self.scheduler.schedule()
         for request in schedule.preempted:
@@ -183,12 +191,30 @@ class Engine:
         chunks = (chunk for choices in self.requests.values() for one in choices.all for chunk in one.chunks)
         held = [chunk.lease for chunk in chunks if chunk.lease]
         self._leases.send_sets([*held, *self.stepper.leases_in_flight], now)
+        self._tell_awaited()
         lost = self._clients.lost(now)
         for choices in [choices for choices in self.requests.values() if choices.client_id in lost]:
             # An interruption, no error: if the client comes back, it resubmits the request.
             self._requests.fail(choices, Interruption("its client had left, or did not read"), now)
         self._clients.forget(now)
         self._leases.forget_early(now)
+
+    def _tell_awaited(self) -> None:
+        """Tells this node's carrier which of the embeddings from other nodes is needed first."""
+        self._has_awaited_news = False
+        if not self._leases.has_carrier:
+            return
+        oldest = min(
+            (
+                Order(request.arrival, position)
+                for choices in self.requests.values()
+                for request in choices.open
+                for position, chunk in enumerate(request.chunks)
+                if chunk.is_awaited and chunk.wire.carriers
+            ),
+            default=None,
+        )
+        self._leases.tell_awaited(oldest)
 
     def check_integrity(self) -> None:
         scheduler = self.scheduler

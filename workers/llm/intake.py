@@ -89,17 +89,17 @@ class Intake:
                 assert_never(message)
 
     def on_death(self, successor: WorkerState, now: float) -> None:
-        """A neighbour has died. No in-flight step may read embeddings of a dead ViT.
+        """A neighbour has died. No in-flight step may read embeddings in its pool.
 
         Requests that still need something of the dead worker are interrupted, and resubmitted by their
         clients. Embeddings that have been read are no longer needed.
         """
-        role, rank = successor.worker.role, successor.worker.rank
+        worker, role = successor.worker, successor.worker.role
         open_requests = list(self._requests.open.values())
-        if role is Role.VIT:
-            self._leases.forget_vit(rank, successor.epoch)
-            hit = [choices for choices in open_requests if choices.forget_vit(rank, successor.epoch)]
-            name = str(successor.worker)
+        if role in (Role.VIT, Role.CARRIER):
+            self._leases.forget_owner(worker, successor.epoch)
+            hit = [choices for choices in open_requests if choices.forget_source(worker, successor.epoch)]
+            name = str(worker)
             if not self._pools.knows(name, successor.epoch):  # else the successor's pool is open already
                 self._stepper.send(PoolClosed(pool_id=name, pool_epoch=successor.epoch - 1, **self._origin))
                 self._pools.close(name)
@@ -109,7 +109,7 @@ class Intake:
             return
         for choices in hit:
             was_executing = digest_of(choices.request_id) in successor.executed
-            interruption = Interruption(f"{successor.worker} died", role if was_executing else None)
+            interruption = Interruption(f"{worker} died", role if was_executing else None)
             self._requests.interrupt(choices, interruption, now)
 
     # New requests, queries, aborts and refusals.
@@ -174,8 +174,9 @@ class Intake:
         if (leader := choices.leader) is None:
             return ErrorInfo(400, "all choices are over already", "choices")
         for chunk in leader.chunks:
-            if chunk.wire.vit_epoch < self.epochs.get(vit := WorkerId(Role.VIT, chunk.wire.vit), 0):
-                return Interruption(f"{vit} died")
+            for worker in chunk.wire.sources:
+                if chunk.wire.is_lost_with(worker, self.epochs.get(worker, 0)):
+                    return Interruption(f"{worker} died")
         return next(filter(None, map(self._too_long, choices.open)), None)
 
     def _refusal_of_client(self, choices: Choices) -> Failure | None:

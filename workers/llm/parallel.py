@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.families import TextInfo
+from workers.llm.meeting import Meeting
 from workers.llm.shared_memory import SharedMemory, is_available
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 
@@ -66,6 +67,7 @@ class TensorParallel:
     ) -> None:
         self.rank, self.size, self._device = rank, size, device
         self.has_whole_experts = has_whole_experts
+        self.maps_pools = True  # of ViTs; on another node than the lead's, no rank can
         self._symmetric: SymmetricMemory | None = None
         self._shared: SharedMemory | None = None
 
@@ -83,19 +85,24 @@ class TensorParallel:
         rank: int,
         size: int,
         device: torch.device,
-        rendezvous: Path,
+        rendezvous: Path | Meeting,
         has_whole_experts: bool = False,
     ) -> TensorParallel:
-        """Joins the group that meets at the file `rendezvous`; NCCL on CUDA, shared memory or else gloo on
-        the CPU."""
-        if size > 1:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{rendezvous}", rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=START_TIMEOUT_S),
-            )  # fmt: skip
+        """Joins the group that meets at the file `rendezvous`, or over several nodes; NCCL on CUDA, shared
+        memory or else gloo on the CPU."""
         made = cls(rank, size, device, has_whole_experts)
-        if size > 1 and device.type == "cpu" and is_available():
+        if size == 1:
+            return made
+        timeout = timedelta(seconds=START_TIMEOUT_S)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if isinstance(rendezvous, Meeting):
+            made.maps_pools = rendezvous.is_on_leads_node
+            rendezvous.join(backend, rank, size, timeout)
+            return made
+        dist.init_process_group(
+            backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout
+        )
+        if device.type == "cpu" and is_available():
             made._shared = SharedMemory.connect(rank, size)
         return made
 

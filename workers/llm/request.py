@@ -18,6 +18,7 @@ from pipeline.wire.generation import GenerateRequest, MmItem, Span
 from pipeline.wire.packing import Int32Array, pack_int32, unpack_int32
 from pipeline.wire.sampling import FinishReason, SamplingParams
 from pipeline.wire.steps import EmbeddingSlice
+from pipeline.wire.topology import WorkerId
 from workers.llm.cache.boundaries import Boundary
 from workers.llm.chunk import Chunk, Lease, chunks_of
 from workers.llm.sampling.matching import Matcher
@@ -336,17 +337,18 @@ class Request:
             chunk.is_lost = chunk.is_lost or chunk.is_read or chunk.lease is not None
             chunk.is_read = False
 
-    def forget_vit(self, vit: int, epoch: int) -> bool:
-        """A ViT has died: drops its embeddings that were not read.
+    def forget_source(self, worker: WorkerId, epoch: int) -> bool:
+        """A ViT or a carrier has died: drops the embeddings in its pool that were not read. `epoch` is its
+        successor's.
 
-        Returns whether the request needs embeddings of the dead ViT.
+        Returns whether the request needs embeddings from there, or waits for some that were to pass.
         """
         is_hit = False
         for chunk in self.chunks:
-            if chunk.embeddings is not None and chunk.wire.vit == vit and chunk.embeddings.epoch < epoch:
+            if chunk.lease is not None and chunk.lease.owner == worker and chunk.lease.epoch < epoch:
                 chunk.lease = chunk.embeddings = None
                 is_hit = True
-            elif chunk.is_awaited and chunk.wire.vit == vit and chunk.wire.vit_epoch < epoch:
+            elif chunk.is_awaited and chunk.wire.is_lost_with(worker, epoch):
                 is_hit = True
         return is_hit
 

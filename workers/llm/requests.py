@@ -10,7 +10,7 @@ from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Sink
 from pipeline.wire.base import Origin
 from pipeline.wire.clients import RequestOutput
-from pipeline.wire.encoding import FeedbackMessage, ItemNotNeeded, RequestEnded
+from pipeline.wire.encoding import FeedbackMessage, ItemNotNeeded, PromptComputed, RequestEnded
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.sampling import FinishReason
 from workers.llm.choices import Choices
@@ -104,6 +104,7 @@ class Requests:
                     self._leases.share(lease, num_holders)
                     self._stepper.give_back([lease])
                 self._on_first_token(request.request_id)
+                self._tell_computed(request)
                 if self._spans is not None:
                     told = {
                         "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
@@ -113,6 +114,14 @@ class Requests:
             outputs[request.client_id].append(output_of(request, offset))
         for client_id, of_client in outputs.items():
             self._clients.tell_outputs(client_id, of_client)
+
+    def _tell_computed(self, request: Request) -> None:
+        """Of a request with several choices each says so."""
+        computed = PromptComputed(
+            client_id=request.client_id, request_id=request.request_id, attempt=request.attempt,
+            **self._origin,
+        )  # fmt: skip
+        self._feedback.send(computed)
 
     # How requests end.
 

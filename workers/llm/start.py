@@ -51,7 +51,11 @@ def wait_for_vits(context: WorkerContext, control: Receiver[ControlMessage]) -> 
     while True:
         poller.wait()
         if (states := context.read_control(control).states) is not None:
-            vits = [state for state in states if state.worker.role is Role.VIT]
+            vits = [
+                state
+                for state in states
+                if state.worker.role is Role.VIT and context.nodes.is_here(state.worker)
+            ]
             missing = [str(state.worker) for state in vits if not state.is_ready]
             if not missing:
                 return

@@ -21,7 +21,6 @@ from pipeline.process.phases import LOADING
 from pipeline.process.process import (
     DRAIN_STATS_INTERVAL_S,
     WorkerContext,
-    parse_worker,
 )
 from pipeline.transport.ends import Publisher, Receiver
 from pipeline.transport.poller import Poller, Wakeup
@@ -29,7 +28,7 @@ from pipeline.wire.clients import CLIENT_ID_BYTES, OutputsMessage
 from pipeline.wire.control import ControlMessage
 from pipeline.wire.generation import LlmMessage
 from pipeline.wire.steps import StepsMessage
-from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId
+from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, OUTPUTS, STEPS, Role, WorkerId, parse_worker
 from workers.grammars.vocabulary import GrammarVocabulary
 from workers.llm.cache.plan import GIB, available_gib, plan_cache
 from workers.llm.cache.spec import state_bytes, states_of
@@ -37,6 +36,7 @@ from workers.llm.engine import Engine, Links
 from workers.llm.follower import Follower
 from workers.llm.lending import Lending
 from workers.llm.matcher_starts import MatcherStarts
+from workers.llm.meeting import Meeting, wait_for_meeting
 from workers.llm.metrics import declare
 from workers.llm.model_runner import ModelRunner
 from workers.llm.models.registry import decoder_of
@@ -88,9 +88,7 @@ def main(context: WorkerContext) -> None:
         # A cache that cannot fit fails before the weights are loaded.
         gib = available_gib(config, device, state_bytes(spec, dtype), num_drafts)
         plan_cache(spec, info.text.max_position_embeddings, config, dtype, gib, num_drafts)
-    rendezvous = (
-        Path(context.spec.run_dir) / f"ranks.{lead}.{context.sockets.epochs[WorkerId(Role.LLM, lead)]}"
-    )
+    rendezvous = _rendezvous(context, control, lead)
     # Subscribe before joining the group: rank 0 publishes nothing before it has seen every subscription.
     steps = context.sockets.subscriber(STEPS, rank=lead) if rank > 0 else None
     parallel = TensorParallel.connect(rank, tp_size, device, rendezvous, config.llm.expert_parallel)
@@ -103,7 +101,7 @@ def main(context: WorkerContext) -> None:
     matchers = _MatcherThread(info) if rank == 0 else None
     try:
         runner = ModelRunner.load(info, config, context.model_folder, device, parallel, progress)
-        runner.decoder.on_layer = context.recorder.move
+        runner.decoder.on_layer = context.recorder.move_in_step
         spec = runner.decoder.cache_spec()
         gib = available_gib(config, device, state_bytes(spec, dtype), num_drafts)
         gib = parallel.smallest(int(gib * GIB)) / GIB
@@ -126,6 +124,13 @@ def main(context: WorkerContext) -> None:
         parallel.close()
         if matchers is not None:
             matchers.executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _rendezvous(context: WorkerContext, control: Receiver[ControlMessage], lead: int) -> Path | Meeting:
+    if context.cluster is not None and context.config.cluster.nodes_per_group > 1:
+        return wait_for_meeting(context, context.cluster, control, lead)
+    epoch = context.sockets.epochs[WorkerId(Role.LLM, lead)]
+    return Path(context.spec.run_dir) / f"ranks.{lead}.{epoch}"
 
 
 def _sharing(context: WorkerContext, device: torch.device) -> CoreSharing:
@@ -163,11 +168,13 @@ def _lead(
         OUTPUTS, lambda topic, _: len(topic) == CLIENT_ID_BYTES, OUTPUTS_HIGH_WATER_MARK, lead
     )
     vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
+    to_carrier, own = context.sender_to_carrier(), context.nodes.carrier
+    carrier = None if to_carrier is None or own is None else (own, to_carrier)
     steps = sockets.publisher(STEPS, rank=lead) if config.llm.tp > 1 else None
     if steps is not None:
         wait_for_ranks(context, control, steps)
     links = Links(
-        publish=outputs.publish, feedback=sockets.sender(FEEDBACK), vits=vits,
+        publish=outputs.publish, feedback=sockets.sender(FEEDBACK), vits=vits, carrier=carrier,
         publish_step=steps.publish if steps else None, on_first_token=context.on_first_token,
     )  # fmt: skip
     engine = Engine(
@@ -203,7 +210,7 @@ def _serve(
             stats_due, stats_interval = 0.0, DRAIN_STATS_INTERVAL_S
         for dead in news.died:
             engine.on_death(dead, now)
-            if dead.worker.role is Role.VIT:
+            if dead.worker.role in (Role.VIT, Role.CARRIER):
                 context.pool_closed(dead.worker, dead.epoch - 1)
         engine.on_subscriptions(outputs.subscriptions(), now)
         wakeup.clear()  # before the matchers are taken that it tells of

@@ -28,6 +28,7 @@ WITH_BFLOAT16 = (8, 0)  # compute capability: Ampere
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PLAIN_TYPES = (*FILE_DTYPES, "F64")  # a file's types of weights that are not quantised
 MAPPED_BYTES = 256 << 20  # that are read from a file before it is mapped anew: its pages count as memory
+AHEAD_BYTES = 128 << 20  # that the system is asked to read from the disk behind what is being read
 # Bytes of the tensors that are loaded at least in part, and of all; 0 and 1 while their number is unknown.
 Progress = Callable[[int, int], None]
 
@@ -62,7 +63,7 @@ class StoredRows:
 class Checkpoint:
     """The tensors of a folder, by name.
 
-    Raises ValueError for a folder without safetensors, KeyError for a missing tensor.
+    Raises ValueError for a folder without safetensors, and for a missing tensor.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Checkpoint:
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._loaded: set[str] = set()  # tensors of which at least a part has been read
         self._done, self._total = 0, 0
+        self._asked: dict[Path, range] = {}  # bytes of a file that were asked for lately
 
     def expect(self, prefix: str) -> None:
         """Progress counts the tensors under this prefix only."""
@@ -167,6 +169,7 @@ class Checkpoint:
         else:
             tensor = self._open(path).get_tensor(stored)
         self._num_read += tensor.nbytes
+        self._ask_for_more(path, name)
         if name not in self._loaded:
             self._loaded.add(name)
             if not self._total:
@@ -175,12 +178,26 @@ class Checkpoint:
         self._progress(self._done, self._total)
         return tensor
 
+    def _ask_for_more(self, path: Path, name: str) -> None:
+        """The disk goes on, in large pieces, while this process makes layers of what is there: what is behind
+        a tensor in its file mostly is needed next."""
+        start, stop = (self._header(path)[0] + offset for offset in self._entry(name)["data_offsets"])
+        known = self._asked.get(path, range(0))
+        if not known.start <= start <= known.stop:
+            known = range(start, start)
+        if stop + AHEAD_BYTES - known.stop >= AHEAD_BYTES // 2:
+            self._asked[path] = range(known.start, stop + AHEAD_BYTES)
+            with path.open("rb") as file:
+                os.posix_fadvise(
+                    file.fileno(), known.stop, stop + AHEAD_BYTES - known.stop, os.POSIX_FADV_WILLNEED
+                )
+
     def _place(self, name: str) -> tuple[Path, str]:
         if name not in self._places:
             module = name.rpartition(".")[0]
             others = [other for other in self._places if module and other.startswith(f"{module}.")]
             beside = f", but {', '.join(sorted(others)[:4])}" if others else ""
-            raise KeyError(f"the checkpoint has no tensor {name!r}{beside}")
+            raise ValueError(f"the checkpoint has no tensor {name!r}{beside}")
         return self._places[name]
 
     def close(self) -> None:

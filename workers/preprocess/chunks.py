@@ -18,15 +18,17 @@ import msgspec
 
 from pipeline.config.preprocess import MAX_OPEN_CHUNKS
 from pipeline.process.metrics import STAGE_SECONDS, Histogram
+from pipeline.process.nodes import NodeMap
 from pipeline.process.trace import Tracer
 from pipeline.transport.ends import Sink
 from pipeline.transport.fair import FairQueue
-from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
+from pipeline.transport.slots import OrderedSlots, Slot, SlotAllocator
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.base import ChunkKey, Origin, PoolOpened
+from pipeline.wire.base import ChunkKey, Order, Origin, PoolOpened
 from pipeline.wire.encoding import CancelEncode, EncodeMessage, EncodeRequest
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
-from pipeline.wire.generation import MmChunk
+from pipeline.wire.generation import MmChunk, Via
+from pipeline.wire.topology import Role, WorkerId
 from pipeline.wire.trace_context import Trace
 from workers.preprocess.credits import Shares
 from workers.preprocess.media import MediaChunk
@@ -58,19 +60,21 @@ class ChunkState:
     tenant: str = ""
     adapter: str = ""
     trace: Trace = msgspec.UNSET
+    is_copied: bool = False  # a carrier holds its pixels: it needs no slot any more
 
 
 class ChunkFlow:
-    """`on_broken` is called for a chunk that cannot be decoded; `vit_epoch` gives the last known epoch of a
-    ViT; `runs_alone` names the quarantined requests."""
+    """`on_broken` is called for a chunk that cannot be decoded; `epoch_of` gives the last known epoch of a
+    worker; `runs_alone` names the quarantined requests."""
 
     def __init__(
         self, origin: Origin, pool: TensorPool, allocator: SlotAllocator, vits: Sequence[Sink[EncodeMessage]],
-        vit_epoch: Callable[[int], int],
+        epoch_of: Callable[[WorkerId], int], nodes: NodeMap,
         tasks: asyncio.TaskGroup, max_decoding: int, on_broken: Callable[[ChunkKey, ErrorInfo], None],
         tracer: Tracer, runs_alone: Callable[[str], bool],
     ) -> None:  # fmt: skip
-        self._origin, self._pool, self._vits, self._vit_epoch = origin, pool, vits, vit_epoch
+        self._origin, self._pool, self._vits = origin, pool, vits
+        self._epoch_of, self._nodes = epoch_of, nodes
         self._tasks, self._on_broken, self._max_decoding = tasks, on_broken, max_decoding
         # Chunks with a slot that are not decoded yet, by tenant and request.
         self._waiting: FairQueue[tuple[str, int], ChunkState] = FairQueue()
@@ -103,14 +107,21 @@ class ChunkFlow:
         adapter: str = "",
     ) -> MmChunk:
         """Adds a chunk and chooses its ViT; `announce` sends it there. `adapter`: of the tower."""
-        choice = self.router.choose(chunk.mm_hash, chunk.grid_thw.num_patches)
+        choice = self.router.choose(
+            chunk.mm_hash, chunk.grid_thw.num_patches, self._nodes.vits_near(key.lead)
+        )
         state = ChunkState(key, chunk, choice.vit, order, is_wanted=not choice.is_known)
         state.tenant, state.trace, state.adapter = tenant, trace, adapter
         assert key not in self._chunks, f"{key} is on its way already"
         self._chunks[key] = state
         self._num_by_request[key.request_id] += 1
         self.shares.add(tenant, 1)
-        return MmChunk(chunk.mm_hash, num_tokens, choice.vit, self._vit_epoch(choice.vit))
+        carriers = [
+            Via(node, self._epoch_of(WorkerId(Role.CARRIER, node)))
+            for node in self._nodes.way(choice.vit, key.lead)
+        ]
+        epoch = self._epoch_of(WorkerId(Role.VIT, choice.vit))
+        return MmChunk(chunk.mm_hash, num_tokens, choice.vit, epoch, tuple(carriers))
 
     def announce(self, keys: Iterable[ChunkKey]) -> None:
         """Requests chunks from the ViTs by hash, in order; starts to load those that no ViT has been sent.
@@ -136,6 +147,15 @@ class ChunkFlow:
         elif state.slot is not None and not state.is_waiting and not state.is_decoding:
             self._send_or_break(state, self._encode_request(state))
 
+    def on_copied(self, key: ChunkKey) -> None:
+        """A carrier has copied the pixels, and answers for them until the ViT releases them."""
+        state = self._chunks.get(key)
+        if state is None or state.slot is None or state.is_waiting or state.is_decoding:
+            return
+        self._slots.allocator.free(state.slot)
+        state.slot, state.is_copied = None, True
+        self._grant()
+
     def on_released(self, key: ChunkKey) -> None:
         if (state := self._chunks.get(key)) is not None:
             self._finish(state)
@@ -149,7 +169,8 @@ class ChunkFlow:
             self._slots.forget(state.key)
         for state in states:
             by_vit[state.vit].append(state.key)
-            if state.slot is None or state.is_waiting or state.is_decoding:
+            is_with_vit = state.is_copied or (state.slot is not None and not state.is_waiting)
+            if not is_with_vit or state.is_decoding:
                 self._finish(state)
         for vit, of_vit in by_vit.items():
             self._tell_cancelled(vit, of_vit)
@@ -170,13 +191,31 @@ class ChunkFlow:
     def on_vit_death(self, vit: int) -> None:
         """Drops the ViT's chunks. The LLM interrupts their requests, which clients resubmit."""
         self.router.forget(vit)
+        self._begin_anew(vit)
+
+    def on_carrier_death(self, node: int) -> None:
+        """What is on the way to that node's ViTs is lost, and they have forgotten it. The LLM interrupts the
+        requests, as at a ViT's death."""
+        for vit in self._nodes.vits_on(node) if node != self._nodes.here else ():
+            self._begin_anew(vit)
+
+    def _begin_anew(self, vit: int) -> None:
         states = [state for state in self._chunks.values() if state.vit == vit]
         for state in states:
             self._slots.forget(state.key)
         for state in states:
             self._finish(state)
         self._unsent_cancels.pop(vit, None)
-        self._vits[vit].send(PoolOpened(pool=self._pool.info, **self._origin))
+        self._announce_to(vit)
+
+    def announce_pool(self) -> None:
+        """To all ViTs, before anything else."""
+        for vit in range(len(self._vits)):
+            self._announce_to(vit)
+
+    def _announce_to(self, vit: int) -> None:
+        epoch = self._epoch_of(WorkerId(Role.VIT, vit))
+        self._vits[vit].send(PoolOpened(pool=self._pool.info, receiver_epoch=epoch, **self._origin))
 
     def _encode_request(self, state: ChunkState) -> EncodeRequest:
         pixels = None

@@ -23,9 +23,9 @@ from pipeline.config import PreprocessConfig
 from pipeline.families import ModelInfo
 from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Sink
-from pipeline.transport.slots import Order, SlotAllocator
+from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.tensors import TensorPool
-from pipeline.wire.base import ChunkKey
+from pipeline.wire.base import ChunkKey, Order
 from pipeline.wire.clients import AbortRequest, Hello, IngestMessage, Preparing, QueryRequest, SubmitRequest
 from pipeline.wire.control import WorkerState
 from pipeline.wire.encoding import (
@@ -33,7 +33,9 @@ from pipeline.wire.encoding import (
     EncodeMiss,
     FeedbackMessage,
     ItemNotNeeded,
+    PixelsCopied,
     PixelsReleased,
+    PromptComputed,
     RequestEnded,
 )
 from pipeline.wire.errors import ErrorInfo, PipelineError, RequestError
@@ -58,7 +60,7 @@ from workers.preprocess.media import Item
 from workers.preprocess.prompt import TokenizedPrompt
 from workers.preprocess.prompt_reader import Prepared, PromptReader
 from workers.preprocess.readers import MediaReaders, ReadLimits
-from workers.preprocess.router import GroupRouter, prefix_hashes
+from workers.preprocess.router import Encoded, GroupRouter, prefix_hashes
 from workers.preprocess.shortages import refusal_of
 from workers.preprocess.submission_checks import check_submission, num_held_bytes, tenant_of
 from workers.preprocess.threads import FairThreads, Recording, Work, on_behalf_of
@@ -79,7 +81,7 @@ class Preprocessor:
         allocator: SlotAllocator,
         llms: Mapping[int, Sink[LlmMessage]], vits: Sequence[Sink[EncodeMessage]], tasks: asyncio.TaskGroup,
     ) -> None:  # fmt: skip
-        self._origin = context.origin
+        self._origin, self._nodes = context.origin, context.nodes
         self._context, self._config, self._info = context, config, info
         self._llms, self._tasks = llms, tasks
         self._groups = GroupRouter(list(llms))
@@ -98,15 +100,16 @@ class Preprocessor:
             config.media_memory_mib,
         )
         self.readers = MediaReaders(pool.info.memory_fd, num_readers, limits, config.video_reader)
-        items = ItemReader(config, info, len(vits), self.fetcher, self._media_threads, self.readers)
+        node = context.spec.node
+        num_near = len(vits) if node is None else node.vits_per_node
+        items = ItemReader(config, info, num_near, self.fetcher, self._media_threads, self.readers)
         self.grammars = Grammars(GrammarVocabulary(info.folder, info.text.vocab_size, info.eos_token_ids))
         self.prompts = PromptReader(
             info, config.max_items_per_request, items, self._text_threads,
             context.config.model.max_model_len, context.tracer,
         )  # fmt: skip
-        epochs = context.sockets.epochs
         self.chunks = ChunkFlow(
-            self._origin, pool, allocator, vits, lambda vit: epochs[WorkerId(Role.VIT, vit)], tasks,
+            self._origin, pool, allocator, vits, context.epoch_of, context.nodes, tasks,
             num_readers * DECODES_PER_READER,
             self._on_broken_chunk, context.tracer, context.quarantine.runs_alone,
         )  # fmt: skip
@@ -316,7 +319,7 @@ class Preprocessor:
         adapter = self._adapters.get(message.adapter)
         salt = message.cache_salt + (b"" if adapter is None else adapter.digest)
         of_tower = message.adapter if adapter is not None and adapter.adapts_tower else ""
-        self._choose_group(opened, prompt, items, salt)
+        self._choose_group(opened, prompt, media, items, salt)
         assert opened.lead is not None
         for number, item in enumerate(media):
             routed: list[MmChunk] = []
@@ -343,7 +346,8 @@ class Preprocessor:
             cache_salt=message.cache_salt,
             adapter=message.adapter,
             tenant=opened.tenant,
-            arrived_at=opened.arrived_at,
+            # Another machine has another clock.
+            arrived_at=opened.arrived_at if self._nodes.is_here(WorkerId(Role.LLM, opened.lead)) else 0.0,
             trace=message.trace,
             **self._origin,
         )
@@ -352,14 +356,33 @@ class Preprocessor:
         self.chunks.announce(opened.keys)
 
     def _choose_group(
-        self, opened: KnownRequest, prompt: TokenizedPrompt, items: Sequence[MmItem], cache_salt: bytes
-    ) -> None:
+        self, opened: KnownRequest, prompt: TokenizedPrompt, media: Sequence[Item], items: Sequence[MmItem],
+        cache_salt: bytes,
+    ) -> None:  # fmt: skip
         if len(self._llms) == 1 or opened.lead is not None:
             opened.lead = next(iter(self._llms)) if opened.lead is None else opened.lead
             return
         prefixes = prefix_hashes(prompt.token_ids, items, cache_salt)
         num_tokens = len(prompt.token_ids)
-        opened.lead, opened.num_new_tokens = self._groups.choose(prefixes, num_tokens, opened.leads)
+        opened.lead, opened.num_new_tokens = self._groups.choose(
+            prefixes, num_tokens, opened.leads, self._encoded(media, items)
+        )
+
+    def _encoded(self, media: Sequence[Item], items: Sequence[MmItem]) -> list[Encoded]:
+        """The chunks of a prompt that ViTs have encoded; none where all ViTs are near all groups."""
+        if self._nodes.count == 1:
+            return []
+        router, leads = self.chunks.router, list(self._llms)
+        return [
+            Encoded(
+                placed.stop,
+                self._info.vision.num_tokens(chunk.grid_thw),
+                self._nodes.leads_near(vit, leads),
+            )
+            for item, placed in zip(media, items, strict=False)
+            for chunk in item.chunks
+            if (vit := router.place_of(chunk.mm_hash)) is not None and vit in router.available
+        ]
 
     def _refuse(self, opened: KnownRequest, error: ErrorInfo) -> None:
         self.counters["refused_requests"] += 1
@@ -395,6 +418,8 @@ class Preprocessor:
         for dead in died:
             if dead.worker.role is Role.VIT:
                 self.chunks.on_vit_death(dead.worker.rank)
+            elif dead.worker.role is Role.CARRIER:
+                self.chunks.on_carrier_death(dead.worker.rank)
             elif dead.worker.role is Role.LLM and dead.worker.rank in self._llms:
                 self._on_group_death(dead.worker.rank)
 
@@ -413,15 +438,20 @@ class Preprocessor:
         match message:
             case PixelsReleased(key=key):
                 self.chunks.on_released(key)
+            case PixelsCopied(key=key):
+                self.chunks.on_copied(key)
             case EncodeMiss(key=key):
                 self.chunks.on_miss(key)
             case ItemNotNeeded():
                 opened = self._requests.get(message.request_id)
                 if opened is not None and opened.attempt == message.attempt:
                     self.chunks.cancel([key for key in opened.keys if key.item == message.item])
-            case RequestEnded(client_id=client_id, attempt=attempt):
-                opened = self._requests.get(message.request_id)
-                if opened is not None and (opened.client_id, opened.attempt) == (client_id, attempt):
+            case PromptComputed():
+                opened = self._attempt_of(message)
+                if opened is not None and opened.num_new_tokens and opened.lead is not None:
+                    opened.num_new_tokens = self._groups.computed(opened.lead, opened.num_new_tokens)
+            case RequestEnded():
+                if (opened := self._attempt_of(message)) is not None:
                     # A higher attempt bypasses the load check only if the LLM interrupted the request.
                     opened.was_begun = opened.was_begun and message.is_interrupted
                     if opened.ended_at is None:
@@ -429,12 +459,20 @@ class Preprocessor:
             case _:
                 assert_never(message)
 
+    def _attempt_of(self, message: PromptComputed | RequestEnded) -> KnownRequest | None:
+        """None for another client's use of the id, or an earlier attempt."""
+        opened = self._requests.get(message.request_id)
+        if opened is None or (opened.client_id, opened.attempt) != (message.client_id, message.attempt):
+            return None
+        return opened
+
     def _end(self, opened: KnownRequest) -> None:
         self._requests.end(opened, time.monotonic())
         self.chunks.cancel(opened.keys)
         opened.keys = []
         if opened.num_new_tokens and opened.lead is not None:
             self._groups.finished(opened.lead, opened.num_new_tokens)
+            opened.num_new_tokens = 0
 
     def tick(self, now: float) -> None:
         """Forgets requests that ended long ago; checks integrity when nothing is open."""

@@ -69,6 +69,7 @@ class _Process:
         nbytes = align(max(config.preprocess.pixel_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
         self._pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
         self._vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
+        self._carrier = context.sender_to_carrier()
         llms = {lead: sockets.sender(LLM, lead) for lead in config.leads}
         allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
         context.faults.fill(allocator)
@@ -79,8 +80,8 @@ class _Process:
 
     def start(self, control: AsyncReceiver[ControlMessage]) -> None:
         config = self._context.config.preprocess
-        for vit in self._vits:
-            vit.send(PoolOpened(pool=self._pool.info, **self._context.origin))
+        self._core.chunks.announce_pool()
+        self._announce_to_carrier()
         limit_memory(allowed_mib(config))
         loops = (
             self._read_ingest(), self._read_feedback(), self._read_control(control),
@@ -89,6 +90,11 @@ class _Process:
         for loop in loops:
             self._tasks.create_task(loop)
         self._context.ready(config.max_open_requests, pool_bytes=self._pool.info.nbytes)
+
+    def _announce_to_carrier(self) -> None:
+        """The carrier of this node, if there is one, reads pixels for those of other nodes."""
+        if self._carrier is not None:
+            self._carrier.send(PoolOpened(pool=self._pool.info, **self._context.origin))
 
     async def _read_ingest(self) -> None:
         while True:
@@ -108,6 +114,8 @@ class _Process:
                 await self._core.close()  # no process that reads media outlives the pipeline
                 raise
             self._core.on_states(state.workers, news.died)
+            if self._context.nodes.carrier in [dead.worker for dead in news.died]:
+                self._announce_to_carrier()
             if news.is_draining:
                 self._drain()
 

@@ -7,6 +7,7 @@ global order), and for its turn. Requests for one hash share one encode.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,10 +15,14 @@ from typing import NamedTuple
 from pipeline.families import EmbeddingSpec
 from pipeline.process.quarantine import nobody
 from pipeline.transport.fair import FairQueue
-from pipeline.transport.slots import Order, OrderedSlots, Slot, SlotAllocator
-from pipeline.wire.base import ChunkKey, GridTHW
+from pipeline.transport.leased_slots import Leased, LeasedSlots
+from pipeline.transport.slots import OrderedSlots, Slot, SlotAllocator
+from pipeline.wire.base import ChunkKey, GridTHW, Order
 from pipeline.wire.handles import TensorHandle
-from workers.vit.feature_cache import Feature, FeatureCache
+from pipeline.wire.topology import Role, WorkerId
+
+LEASED_TO_LEAD = functools.partial(WorkerId, Role.LLM)
+Feature = Leased[bytes, EmbeddingSpec]  # an encoded chunk in the pool, by the hash of its content
 
 
 class NeedPixels(NamedTuple):
@@ -33,6 +38,7 @@ class Ready(NamedTuple):
     lease_id: int
     feature: Feature
     was_encoded: bool = False  # since the waiter came; else it was in the cache
+    order: Order | None = None  # None: it was leased before
 
 
 class LeaseGone(NamedTuple):
@@ -74,13 +80,16 @@ class Pending:
 
 class Batcher:
     """`embedding_of` gives the shape and size of a grid's embedding. A chunk of a request for which
-    `runs_alone` (it is quarantined) is a batch of its own."""
+    `runs_alone` (it is quarantined) is a batch of its own. `holder_of` names the worker that holds the
+    leases for an LLM group, by the group's lead."""
 
     def __init__(
         self, allocator: SlotAllocator, embedding_of: Callable[[GridTHW], EmbeddingSpec],
         runs_alone: Callable[[str], bool] = nobody,
+        holder_of: Callable[[int], WorkerId] = LEASED_TO_LEAD,
     ) -> None:  # fmt: skip
-        self.cache, self.allocator = FeatureCache(allocator), allocator
+        self.cache: LeasedSlots[bytes, EmbeddingSpec] = LeasedSlots(allocator)
+        self.allocator, self._holder_of = allocator, holder_of
         self.num_queries = self.num_hits = 0  # of the cache
         self._slots: OrderedSlots[bytes] = OrderedSlots(allocator, self.cache.evict_one)
         self._largest, self.embedding_of = allocator.reserve, embedding_of
@@ -114,7 +123,7 @@ class Batcher:
         feature = self.cache.get(mm_hash)
         self.num_hits += feature is not None
         if feature is not None and not self._slots.allocator.is_reserved(feature.slot):
-            return [Ready(key, self.cache.lease(feature, key.lead), feature), PixelsDone(key)]
+            return [Ready(key, self._lease(feature, key), feature, order=order), PixelsDone(key)]
         actions: list[Action] = []
         pending = self._pending.get(mm_hash)
         if pending is None:
@@ -140,7 +149,10 @@ class Batcher:
         feature = self.cache.get(mm_hash)
         if feature is None or self._slots.allocator.is_reserved(feature.slot):
             return [LeaseGone(key)]
-        return [Ready(key, self.cache.lease(feature, key.lead), feature)]
+        return [Ready(key, self._lease(feature, key), feature)]
+
+    def _lease(self, feature: Feature, key: ChunkKey) -> int:
+        return self.cache.lease(feature, self._holder_of(key.lead))
 
     def _on_pixels(self, key: ChunkKey, mm_hash: bytes, pixels: TensorHandle, sent_at: float) -> list[Action]:
         pending = self._pending.get(mm_hash)
@@ -177,12 +189,13 @@ class Batcher:
         return actions
 
     def _serve(self, pending: Pending, key: ChunkKey, feature: Feature) -> list[Action]:
-        del pending.waiters[key], self._hashes[key]
+        order = pending.waiters.pop(key)
+        del self._hashes[key]
         if pending.waiters:
             self._expect(pending)
         done = [] if key == pending.supplier and pending.waiters else [PixelsDone(key)]
         was_encoded = key not in pending.found
-        return [Ready(key, self.cache.lease(feature, key.lead), feature, was_encoded), *done]
+        return [Ready(key, self._lease(feature, key), feature, was_encoded, order), *done]
 
     def _expect(self, pending: Pending) -> None:
         self._slots.expect(pending.mm_hash, pending.order, pending.tenant)
@@ -263,8 +276,9 @@ class Batcher:
             served = waiters[:1] if self._slots.allocator.is_reserved(pending.slot) else waiters
             pending.found.clear()
             for key in served:
-                del self._hashes[key], pending.waiters[key]
-                actions.append(Ready(key, self.cache.lease(feature, key.lead), feature, was_encoded=True))
+                del self._hashes[key]
+                order = pending.waiters.pop(key)
+                actions.append(Ready(key, self._lease(feature, key), feature, True, order))
             pending.slot, pending.is_encoding = None, False
             # the supplier waits for the reserve: if the chunk is evicted, its pixels are needed again
             if pending.supplier in pending.waiters:
@@ -288,13 +302,14 @@ class Batcher:
         return [*refused, *done, *self._drop(pending)]
 
     def forget_group(self, lead: int) -> list[Action]:
-        """An LLM group has died: ends its requests and leases."""
-        self.cache.release_all(lead)
+        """An LLM group has died: ends its requests, and its leases unless another holds them."""
+        self.cache.release_all(WorkerId(Role.LLM, lead))
         return self.on_cancel([key for key in self._hashes if key.lead == lead])
 
-    def forget_all(self) -> None:
-        """Preprocess has died: drops all waiters. A batch that is being encoded goes on."""
-        self.on_cancel(list(self._hashes))
+    def forget_all(self) -> list[Action]:
+        """Who sent the pixels has died: drops all waiters. A batch that is being encoded goes on."""
+        actions = self.on_cancel(list(self._hashes))
+        return [action for action in actions if isinstance(action, PixelsDone)]
 
     @property
     def num_pending(self) -> int:

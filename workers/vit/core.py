@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from pipeline.families import VisionInfo
+from pipeline.process.nodes import HEAD
 from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Sink
-from pipeline.transport.slots import Order
 from pipeline.transport.tensors import PoolGoneError, PoolMap, StaleHandleError, TensorPool
-from pipeline.wire.base import PoolOpened
+from pipeline.wire.base import Order, PoolOpened
+from pipeline.wire.carrying import CarryMessage
 from pipeline.wire.control import WorkerState
 from pipeline.wire.encoding import (
     CancelEncode,
     EncodeMessage,
     EncodeMiss,
     EncodeRequest,
-    FeedbackMessage,
     LeaseReleased,
     LeaseRequest,
     LeaseSet,
@@ -27,7 +27,7 @@ from pipeline.wire.encoding import (
 )
 from pipeline.wire.errors import ErrorInfo
 from pipeline.wire.generation import EmbeddingReady, EncodeFailed, LeaseRefused, LlmMessage
-from pipeline.wire.topology import Role
+from pipeline.wire.topology import Role, WorkerId
 from workers.nn.weights.adapters import NO_ADAPTER
 from workers.vit.batcher import Action, Batcher, LeaseGone, NeedPixels, Pending, PixelsDone, Ready, Refused
 from workers.vit.models.base import EncodeJob
@@ -35,14 +35,17 @@ from workers.vit.models.base import EncodeJob
 
 class VitCore:
     """`llms`: a sender to rank 0 of each LLM group, by that rank's number in the pipeline. `adapters`: names,
-    in the order of the engine's numbers."""
+    in the order of the engine's numbers. `carrier`: to the carrier of this node, if there are several nodes.
+    `feedback`: to preprocess, or to that carrier.
+    """
 
     def __init__(
         self, context: WorkerContext, batcher: Batcher, pool: TensorPool, info: VisionInfo,
-        llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[FeedbackMessage], pools: PoolMap,
-        adapters: Sequence[str] = (),
+        llms: Mapping[int, Sink[LlmMessage]], feedback: Sink[PixelsReleased | EncodeMiss], pools: PoolMap,
+        adapters: Sequence[str] = (), carrier: Sink[CarryMessage] | None = None,
     ) -> None:  # fmt: skip
-        self._origin = context.origin
+        self._origin, self._carrier, self._nodes = context.origin, carrier, context.nodes
+        self._epoch_of = context.epoch_of
         self._is_current, self._follow = context.is_current, context.tracer.follow
         self.batcher, self._pool, self._info = batcher, pool, info
         self._llms, self._feedback = llms, feedback
@@ -81,22 +84,56 @@ class VitCore:
                 self.batcher.cache.release(message.lease_ids)
                 self._act(self.batcher.poll())
             case LeaseSet():
-                self.batcher.cache.reconcile(message.sender.rank, message.lease_ids, message.last_lease_id)
+                self.batcher.cache.reconcile(message.sender, message.lease_ids, message.last_lease_id)
                 self._act(self.batcher.poll())
             case _:
                 assert_never(message)
 
+    def announce(self) -> None:
+        """Sends the pool to all who read it."""
+        for lead in self._llms:
+            self._announce_to(lead)
+        self._announce_to_carrier()
+
+    def _announce_to(self, lead: int) -> None:
+        epoch = self._epoch_of(WorkerId(Role.LLM, lead))
+        self._llms[lead].send(PoolOpened(pool=self._pool.info, receiver_epoch=epoch, **self._origin))
+
+    def _announce_to_carrier(self) -> None:
+        if self._carrier is not None:
+            self._carrier.send(PoolOpened(pool=self._pool.info, **self._origin))
+
     def on_death(self, successor: WorkerState) -> None:
-        """Of preprocess or an LLM group. No batch may be running: it could read the dead worker's memory."""
+        """Of preprocess, an LLM group or a carrier. No batch may be running: it could read the dead worker's
+        memory."""
         worker = successor.worker
-        if worker.role is Role.PREPROCESS:
-            self.batcher.forget_all()
-            # unless the successor's pool has replaced it already
-            if not self._pools.knows(str(worker), successor.epoch):
-                self._pools.close(str(worker))
-        elif worker.rank in self._llms:
-            self._act(self.batcher.forget_group(worker.rank))
-            self._llms[worker.rank].send(PoolOpened(pool=self._pool.info, **self._origin))
+        match worker.role:
+            case Role.PREPROCESS:
+                self._forget_pixels(successor)
+            case Role.CARRIER:
+                self._on_carrier_death(successor)
+            case Role.LLM if worker.rank in self._llms:
+                self._act(self.batcher.forget_group(worker.rank))
+                self._announce_to(worker.rank)
+
+    def _forget_pixels(self, successor: WorkerState) -> None:
+        """Who sent the pixels has died."""
+        self._act(self.batcher.forget_all())
+        # unless the successor's pool has replaced it already
+        if not self._pools.knows(str(successor.worker), successor.epoch):
+            self._pools.close(str(successor.worker))
+
+    def _on_carrier_death(self, successor: WorkerState) -> None:
+        if successor.worker == self._nodes.carrier:
+            if self._nodes.here != HEAD:  # the carrier brings the pixels
+                self._forget_pixels(successor)
+            self._announce_to_carrier()
+            return
+        self.batcher.cache.release_all(successor.worker)
+        self._act(self.batcher.poll())
+        for lead in self._llms:
+            if self._nodes.carrier_to(lead) == successor.worker:
+                self._announce_to(lead)
 
     def _act(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -105,12 +142,12 @@ class VitCore:
                     self._feedback.send(EncodeMiss(key=key, **self._origin))
                 case PixelsDone(key):
                     self._feedback.send(PixelsReleased(key=key, **self._origin))
-                case Ready(key, lease_id, feature, was_encoded):
-                    handle = self._pool.lend(feature.slot, feature.embedding.shape, feature.embedding.dtype)
+                case Ready(key, lease_id, feature, was_encoded, order):
+                    handle = self._pool.lend(feature.slot, feature.value.shape, feature.value.dtype)
                     self.num_bytes[self._pool.info.kind] += handle.nbytes
                     ready = EmbeddingReady(
                         key=key, lease_id=lease_id, embeddings=handle, was_encoded=was_encoded,
-                        sent_at=time.monotonic(), **self._origin,
+                        sent_at=time.monotonic(), order=order, **self._origin,
                     )  # fmt: skip
                     self._llms[key.lead].send(ready)
                 case LeaseGone(key):

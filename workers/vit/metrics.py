@@ -60,6 +60,6 @@ def _declare(metrics: Metrics, core: VitCore) -> None:
 def _declare_pool(metrics: Metrics, batcher: Batcher) -> None:
     pool = batcher.allocator
     metrics.gauge("leases", "Embeddings that the LLM may read", lambda: batcher.cache.num_leases)
-    metrics.gauge("cached_chunks", "Chunks with embeddings in the pool", lambda: batcher.cache.num_features)
+    metrics.gauge("cached_chunks", "Chunks with embeddings in the pool", lambda: batcher.cache.num_kept)
     metrics.gauge("pool_bytes", POOL_BYTES, lambda: pool.nbytes)
     metrics.gauge("pool_used_bytes", POOL_USED_BYTES, lambda: pool.num_used_bytes)

@@ -18,17 +18,18 @@ from pipeline.config import MIB, Config
 from pipeline.families import ModelInfo
 from pipeline.process.compute_threads import spread_threads
 from pipeline.process.core_sharing import Activity, CoreSharing
+from pipeline.process.nodes import HEAD
 from pipeline.process.phases import LOADING
 from pipeline.process.process import WorkerContext
-from pipeline.transport.ends import Receiver
+from pipeline.transport.ends import Receiver, Sender, Sink
 from pipeline.transport.mapping_check import check_mapping
 from pipeline.transport.memory import CudaBindings
 from pipeline.transport.poller import Poller, Wakeup
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.tensors import PoolMap, TensorPool
-from pipeline.wire.base import PoolOpened
+from pipeline.wire.carrying import CarryMessage
 from pipeline.wire.control import ControlMessage, WorkerState
-from pipeline.wire.encoding import EncodeMessage
+from pipeline.wire.encoding import EncodeMessage, EncodeMiss, PixelsReleased
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.topology import ENCODE, FEEDBACK, LLM, Role
 from workers.model_info import model_info_of
@@ -119,14 +120,14 @@ def main(context: WorkerContext) -> None:
     engine = choose_engine(config.vit.vit_engine, spec)
     context.faults.fill(allocator)
     llms = {lead: context.sockets.sender(LLM, lead) for lead in config.leads}
-    feedback = context.sockets.sender(FEEDBACK)
-    for llm in llms.values():
-        llm.send(PoolOpened(pool=pool.info, **context.origin))
     batcher = Batcher(
-        allocator, lambda grid: info.vision.embedding(grid, dtype_name), context.quarantine.runs_alone
-    )
-    adapters = config.model.adapter_names
-    core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal), adapters)
+        allocator, lambda grid: info.vision.embedding(grid, dtype_name), context.quarantine.runs_alone,
+        context.nodes.holder_of,
+    )  # fmt: skip
+    adapters, carrier = config.model.adapter_names, context.sender_to_carrier()
+    feedback = _feedback(context, carrier)
+    core = VitCore(context, batcher, pool, info.vision, llms, feedback, PoolMap(ordinal), adapters, carrier)
+    core.announce()
     if device.type == "cuda":
         warm_up(engine, spec, max_patches)  # takes the engine's memory before the LLM takes the rest
     elif config.vit.vit_engine == "onnxruntime":
@@ -136,6 +137,15 @@ def main(context: WorkerContext) -> None:
     thread.start()
     context.ready(pool_bytes=pool.info.nbytes)
     _serve(context, control, inbox, core, thread, wakeup, limit, sharing)
+
+
+def _feedback(
+    context: WorkerContext, carrier: Sender[CarryMessage] | None
+) -> Sink[PixelsReleased | EncodeMiss]:  # fmt: skip
+    """To whoever holds the pixels: on another node than preprocess the carrier."""
+    if carrier is not None and context.nodes.here != HEAD:
+        return carrier
+    return context.sockets.sender(FEEDBACK)
 
 
 def _serve(
@@ -154,7 +164,7 @@ def _serve(
         if died and not batch:
             for dead in died:
                 core.on_death(dead)
-                if dead.worker.role is Role.PREPROCESS:
+                if dead.worker.role in (Role.PREPROCESS, Role.CARRIER):
                     context.pool_closed(dead.worker, dead.epoch - 1)
             died = []
         # not before `on_death`: a successor's messages must not meet the state of the dead worker

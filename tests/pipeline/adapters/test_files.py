@@ -130,7 +130,11 @@ def test_folders_that_hold_none(tmp_path: Path) -> None:
         read_adapter("x", tmp_path / "nowhere")
     written(tmp_path, pair("model.layers.0.self_attn.q_proj"))
     file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:20])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=rf"has {len(whole) - 4} bytes, by its header {len(whole)}"):
+        read_adapter("x", tmp_path)
+    file.write_bytes(whole[:20])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is no file of safetensors"):
         read_adapter("x", tmp_path)
     file.rename(tmp_path / "adapter_model.bin")

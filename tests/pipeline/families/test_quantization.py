@@ -26,7 +26,7 @@ def compressed(weights: dict[str, Any] = INT4, **others: Any) -> dict[str, Any]:
     }
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+REFUSED: list[tuple[Any, str]] = [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"by 'bitsandbytes'.*_method\): known are"),
     ({"load_in_8bit": True}, "by 'bitsandbytes'"),
     ({"quant_method": "mxfp4"}, "by 'mxfp4', numbers of 4 bits in floating point"),
@@ -35,6 +35,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "fp8", "weight_block_size": 128}, r"size 128.*config\.weight_block_size\)"),
     ({"quant_method": "fp8", "fmt": "e5m2"}, "with fmt 'e5m2', where e4m3 is served"),
     ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "with scale_fmt 'ue8m0'"),
+    ("awq", r"by 'awq', which are no settings \(config\.json, key quantization_config\)"),
+    ({"quant_method": None, "bits": 4}, "by a method that nothing names, with the keys bits, quant_method"),
+    ({"quant_method": "fp8", "ignored_layers": "lm_head"}, "ignored_layers 'lm_head', where a list of names"),
+    ({"quant_method": "fp8", "ignored_layers": [None]}, r"ignored_layers \[None\], where a list of names"),
+    ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\]"),
+    (compressed(ignore=["re:*visual"]), r"with '\*visual' in ignore, which is no regular expression"),
+    (compressed(config_groups=[]) | {"config_groups": ["a"]}, r"with config_groups \['a'\]"),
+    ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:*": {}}}, r"'\*' in dynamic, which is no regular"),
+    ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:a": None}}, "with dynamic .* settings by names"),
+    ({"quant_method": "auto-round", "bits": 4, "extra_config": {"*a": {}}}, r"'\*a' in extra_config"),
+    (compressed(config_groups={"g": {"weights": INT4, "targets": ["re:*a"]}}), r"'\*a' in targets, which"),
     ({"quant_method": "awq", "bits": 8}, r"with bits 8, where 4 is served \(config\.json, .*\.bits\)"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "with version 'gemv', where gemm is served"),
     ({"quant_method": "gptq", "bits": 3}, "with bits 3, where 4 or 8 is served"),
@@ -58,12 +69,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-def write(folder: Path, settings: dict[str, Any], **others: Any) -> None:
+def write(folder: Path, settings: Any, **others: Any) -> None:
     (folder / "config.json").write_text(json.dumps({"quantization_config": settings, **others}))
 
 
 @pytest.mark.parametrize(("settings", "words"), REFUSED)
-def test_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_refused(settings: Any, words: str, tmp_path: Path) -> None:
     write(tmp_path, settings)
     with pytest.raises(ValueError, match=words) as refusal:
         check_quantization(tmp_path)
@@ -93,6 +104,13 @@ def test_what_modelopt_writes_beside_the_config(tmp_path: Path) -> None:
         else:
             with pytest.raises(ValueError, match=r"\(hf_quant_config\.json\.quantization\.quant_algo\)"):
                 check_quantization(tmp_path)
+
+
+def test_an_older_key_of_compressed_tensors(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"compression_config": compressed()}))
+    found = check_quantization(tmp_path)
+    assert found is not None
+    assert found.method == "compressed-tensors"
 
 
 def test_what_is_not_quantised(tmp_path: Path) -> None:

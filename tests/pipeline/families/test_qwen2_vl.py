@@ -71,7 +71,7 @@ def test_no_size_passes_the_bound_on_resized_pixels(random_checkpoint: Path) -> 
 @pytest.mark.parametrize(("least", "most_frames"), [(2, 3000), (3000, 200_000)])
 def test_frames_are_sampled_as_by_hugging_face(least: int, most_frames: int) -> None:
     rng = random.Random(0)
-    for _ in range(3000):
+    for _ in range(1000):
         total = rng.randint(least, most_frames)
         rate = rng.choice([1, 5, 12.5, 23.976, 24, 25, 29.97, 30, 60, rng.uniform(0.5, 120)])
         fps, most = rng.choice([0.1, 0.5, 1, 2, 4, 30]), rng.choice([4, 10, 64, 768])

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.transport.slots import ALIGNMENT, Order, OrderedSlots, Slot, SlotAllocator
+from pipeline.transport.slots import ALIGNMENT, OrderedSlots, Slot, SlotAllocator
+from pipeline.wire.base import Order
 
 UNIT = ALIGNMENT
 
@@ -90,6 +91,23 @@ def test_the_reserve_is_kept_for_the_oldest_even_before_it_asks() -> None:
     assert made.grant() == []
     made.request("a0", UNIT)
     assert [name for name, _ in made.grant()] == ["a0"], "though a1 and a2 fill all the rest"
+
+
+def test_a_key_that_is_known_late_uses_the_reserve_only_when_it_may() -> None:
+    allocator = SlotAllocator(2 * ALIGNMENT, ALIGNMENT, 8)
+    slots: OrderedSlots[str] = OrderedSlots(allocator)
+    for number, name in enumerate("abc"):
+        slots.expect(name, Order(number, 0), may_use_reserve=False)
+        slots.request(name, 1)
+    assert [name for name, _ in slots.grant()] == ["a"]
+    slots.let_use_reserve("c")
+    slots.let_use_reserve("c")
+    ((name, slot),) = slots.grant()
+    assert (name, allocator.is_reserved(slot)) == ("c", True), "another says who is the oldest"
+    allocator.free(slot)
+    assert slots.grant() == []
+    slots.forget("b")
+    assert slots.grant() == []
 
 
 def test_a_tenant_with_a_long_queue_holds_up_its_own_keys_only() -> None:

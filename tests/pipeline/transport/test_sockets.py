@@ -43,7 +43,7 @@ from pipeline.wire.topology import (
 )
 from tests.fakes import LLM_0, PREPROCESS, VIT_0
 
-EPOCHS = {LLM_0: 1, PREPROCESS: 1, VIT_0: 1, WorkerId(Role.API): 1}
+EPOCHS = {LLM_0: 1, PREPROCESS: 1, VIT_0: 1, WorkerId(Role.API): 1, WorkerId(Role.CARRIER): 1}
 
 
 @pytest.fixture
@@ -335,7 +335,12 @@ def test_every_message_survives_the_wire() -> None:
 
 
 def test_patterns() -> None:
-    assert {edge.name for edge in EDGES if edge.pattern is Pattern.PUB_SUB} == {"steps", "outputs", "control"}
+    assert {edge.name for edge in EDGES if edge.pattern is Pattern.PUB_SUB} == {
+        "steps",
+        "outputs",
+        "control",
+        "orders",
+    }
 
 
 # Files that somebody removes.

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -19,10 +19,11 @@ from pipeline.transport.sites import EdgeEnd
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tcp import ClientListener, RemotePipeline
 from pipeline.wire.clients import Hello, TokenOutputs
-from pipeline.wire.control import PipelineState
+from pipeline.wire.control import PipelineState, WorkerState
 from pipeline.wire.encoding import LeaseReleased
 from pipeline.wire.topology import CONTROL, DIRECT_EDGES, ENCODE, FEEDBACK, INGEST, OUTPUTS
 from tests.fakes import LLM_0, PREPROCESS, VIT_0
+from tests.waiting import wait_for
 from tools.processes import free_port
 
 
@@ -52,15 +53,6 @@ def site(keys: Path) -> Iterator[Site]:
     yield Site(door, made[0], connect, keys)
     for sockets in reversed(made):
         sockets.close()
-
-
-def wait_for(work: Callable[[], Any], timeout_s: float = 5.0) -> Any:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if result := work():
-            return result
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
 
 
 def test_secret_keys_are_for_their_owner_only(keys: Path) -> None:
@@ -147,7 +139,8 @@ def test_edges_of_one_process_may_be_at_several_sites(keys: Path, tmp_path: Path
             "feedback.1",
         ]
         # Only what is in the run directory has another address for a successor.
-        assert preprocess.follow({VIT_0: 2, PREPROCESS: 2}) == [VIT_0, PREPROCESS]
+        states = tuple(WorkerState(worker, 2, is_ready=True) for worker in (VIT_0, PREPROCESS))
+        assert preprocess.follow(PipelineState(workers=states)) == [VIT_0, PREPROCESS]
         successor = Sockets(tmp_path, {VIT_0: 2})
         at_successor = successor.receiver(ENCODE)
         to_vit.send(released)

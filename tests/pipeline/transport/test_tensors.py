@@ -115,6 +115,28 @@ def test_a_handle_is_stale_once_its_slot_has_a_new_tenant(lent: Any) -> None:
     assert pools.tensor(newer).sum() == 0
 
 
+def test_a_handle_is_stale_once_its_bytes_have_a_new_tenant_under_another_number() -> None:
+    pools, pool = PoolMap(), TensorPool.on_host("vit.0", 1, 1 << 12, 8)
+    pools.open(pool.info)
+    allocator = SlotAllocator(1 << 12, 1 << 10, 8)
+    slots = [allocator.allocate(256) for _ in range(3)]
+    handles = [pool.lend(slot, (64,), "float32") for slot in slots if slot is not None]
+    for slot in slots[:2]:
+        assert slot is not None
+        allocator.free(slot)
+    wide = allocator.allocate(512)
+    assert wide is not None
+    assert (wide.number, wide.offset) == (1, 0)
+    newer = pool.lend(wide, (128,), "float32")
+    with pytest.raises(StaleHandleError, match="generation 0"):
+        pools.tensor(handles[0])
+    assert pools.tensor(handles[2]).shape == (64,)
+    assert pool.lend(wide, (128,), "float32") == newer
+    assert pools.tensor(newer).shape == (128,)
+    pools.close("vit.0")
+    pool.close()
+
+
 def test_a_successor_pool_takes_the_place_of_the_dead_one(lent: Any) -> None:
     pools, _, _, handle = lent
     successor = TensorPool.on_host("vit.0", 4, 1 << 20, 8)

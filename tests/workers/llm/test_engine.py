@@ -99,9 +99,10 @@ def test_the_way_of_a_gpu_gives_the_same_tokens(
 ) -> None:
     """Triton's kernels, padded decode batches and all, in the interpreter; one request draws, one has a bias
     and wants logprobs."""
+    count = 4
     rig = Rig(random_checkpoint, 512, has_overlap=True, attention="triton")
     rig.open_pool()
-    greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, seed=1)
+    greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, seed=1)
     favourite = 77
     wishes = {
         "text only": greedy,
@@ -124,12 +125,12 @@ def test_the_way_of_a_gpu_gives_the_same_tokens(
     }
     for name in ("text only", "one picture"):
         answer = references[name]
-        assert_same_tokens(tokens[name], answer._replace(token_ids=answer.token_ids[:5]), name)
+        assert_same_tokens(tokens[name], answer._replace(token_ids=answer.token_ids[:count]), name)
     assert len(set(tokens["drawn"])) > 2
     assert tokens["drawn"] != tokens["text only"]
-    assert tokens["biased"] == [favourite] * 5
+    assert tokens["biased"] == [favourite] * count
     logprobs = [entry for out in outputs if out.request_id == "biased" for entry in out.logprobs]
-    assert [unpack_int32(entry.token_ids)[0] for entry in logprobs] == [favourite] * 5
+    assert [unpack_int32(entry.token_ids)[0] for entry in logprobs] == [favourite] * count
 
 
 def test_embeddings_before_the_pool_and_before_the_request(

@@ -22,7 +22,7 @@ from tests.reference import Answer, Reference, assert_same_tokens
 from tests.videos import counting_frames, encode_video
 
 BLOCK = 4
-NUM_TOKENS = 48
+NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, seed=1)
 
 
@@ -76,8 +76,13 @@ def test_the_reference_text_is_lively(family: Family) -> None:
         assert first.token_ids != second.token_ids, "the time between frames changes the answer"
 
 
-@pytest.mark.parametrize("budget", [1, 7, 63, 64, 65, 4096])
-@pytest.mark.parametrize("order", ["in order", "reversed"])
+@pytest.mark.parametrize(
+    ("budget", "order"),
+    [
+        (1, "reversed"), (7, "in order"), (63, "reversed"), (64, "in order"), (65, "reversed"),
+        (4096, "in order"),
+    ],
+)  # fmt: skip
 def test_any_chunks_and_any_order_give_the_same_tokens(family: Family, budget: int, order: str) -> None:
     rig = Rig(family.folder, budget, BLOCK, num_vits=3)
     rig.open_pool()

@@ -3,6 +3,7 @@ cached or guessed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 
 from launcher.checkpoints import EMBEDDED
 from pipeline.config import LlmConfig
+from pipeline.wire.clients import ChoiceProgress
+from pipeline.wire.generation import GenerateRequest
+from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.sampling import SamplingParams
 from tests.chats import CHATS, ChatTurns
 from tests.checkpoints import make_checkpoint
-from tests.engine_rig import CPU, Rig
+from tests.engine_rig import CLIENT, CPU, Rig
+from tests.fakes import PREPROCESS
 from tests.workers.llm.test_speculation import WANTED, assert_same, finish, submit, with_
 from tools.quantization_loss import kv_loss, logits_of
 from tools.random_checkpoint.agreeing import make_agree
@@ -22,6 +27,7 @@ from workers.llm.cache.kv_formats import FP8, INT8, KvFormat
 from workers.llm.start import check_kv_cache
 
 CHAT = CHATS["pictures in two turns"]
+LONG = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, seed=1)
 SHORT = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, seed=1)
 
 
@@ -80,6 +86,49 @@ def test_guesses_of_a_head_change_nothing(hybrid: Path) -> None:
     assert_same(finish(guessing), finish(plain))
     assert guessing.scheduler.drafter is not None
     assert guessing.scheduler.drafter.counters["spec_decode_num_accepted_tokens"] > 10
+
+
+def begin(rig: Rig, number: int, earlier: Mapping[str, list[int]] | None = None) -> str:
+    """A prompt of its own length; in a later attempt, with tokens that the client has already."""
+    name = str(number)
+    prompt = [300 + (11 * number + 7 * step) % 97 for step in range(10 + 9 * number)]
+    so_far = () if earlier is None else (ChoiceProgress(pack_int32(earlier[name])),)
+    request = GenerateRequest(
+        sender=PREPROCESS, epoch=1, client_id=CLIENT, request_id=name, attempt=1 + bool(so_far),
+        arrival=number + 1, prompt_token_ids=pack_int32(prompt), position_delta=0, items=(), sampling=LONG,
+        positions=pack_int32([*range(len(prompt))] * 3), choices=so_far,
+    )  # fmt: skip
+    rig.engine.handle(request, rig.now)
+    return name
+
+
+def told(rig: Rig) -> dict[str, list[int]]:
+    rig.run()
+    found: dict[str, list[int]] = {}
+    for output in rig.outputs():
+        found.setdefault(output.request_id, []).extend(unpack_int32(output.new_token_ids).tolist())
+    return found
+
+
+@pytest.mark.parametrize("attention", ["torch", "native"])
+def test_what_was_computed_before_goes_on_with_the_same_tokens(attention: str) -> None:
+    """Its keys and values were written token by token, and are written anew in chunks: behind a preemption,
+    and in a successor's cache behind a death."""
+    options = {"kv_cache_dtype": "int8", "attention": attention}
+    roomy, narrow = (Rig(EMBEDDED / "model", 64, 4, num_blocks=blocks, **options) for blocks in (600, 40))  # type: ignore[arg-type]
+    for rig in (roomy, narrow):
+        for number in range(4):
+            begin(rig, number)
+    expected = told(roomy)
+    assert len({tuple(tokens) for tokens in expected.values()}) == 4
+    assert roomy.scheduler.num_preemptions == 0
+    assert told(narrow) == expected
+    assert narrow.scheduler.num_preemptions > 0
+    successor = Rig(EMBEDDED / "model", 64, 4, **options)  # type: ignore[arg-type]
+    earlier = {name: tokens[: 1 + 8 * int(name)] for name, tokens in expected.items()}
+    for number in range(4):
+        begin(successor, number, earlier)
+    assert told(successor) == {name: tokens[len(earlier[name]) :] for name, tokens in expected.items()}
 
 
 def test_what_has_no_kernel_is_refused() -> None:

@@ -15,6 +15,7 @@ import torch
 from pipeline.config import Config, LlmConfig, ModelConfig, PreprocessConfig
 from pipeline.config.api import MAX_CONNECTIONS
 from pipeline.config.preprocess import MAX_OPEN_CHUNKS
+from pipeline.process.nodes import NodeMap
 from pipeline.process.phases import WAITING
 from pipeline.process.process import ShutdownRequested, WorkerContext
 from pipeline.process.quarantine import Quarantine
@@ -52,6 +53,7 @@ def test_what_is_waited_for_is_told_with_every_word_of_the_launcher(tmp_path: Pa
     context: Any = SimpleNamespace(
         progress=lambda *told_now: told.append(told_now), sockets=sockets, worker=LLM_0, epoch=1,
         quarantine=Quarantine(Role.LLM, {}), lanes=SimpleNamespace(watch=lambda is_watched: None),
+        nodes=NodeMap(None),
     )  # fmt: skip
     context.follow = partial(WorkerContext.follow, context)
     context.read_control = partial(WorkerContext.read_control, context)

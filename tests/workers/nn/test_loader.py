@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_tensors_come_by_their_usual_names_in_parts_and_in_the_wanted_type(folde
     assert (part.dtype, part.is_contiguous()) == (torch.float32, True)
     assert checkpoint.load("visual.patch.weight").tolist() == [[0, 1, 2], [3, 4, 5]]
     assert seen == [(48, 78), (72, 78)], "bytes"
-    with pytest.raises(KeyError, match=r"no tensor 'model\.missing'"):
+    with pytest.raises(ValueError, match=r"no tensor 'model\.missing'"):
         checkpoint.load("model.missing")
 
 
@@ -80,6 +81,23 @@ def test_pages_of_what_was_read_are_given_back(folder: Path, monkeypatch: pytest
         opened.append(checkpoint._opened)
         assert torch.equal(kept.float(), checkpoint.load("visual.patch.weight"))
     assert len(set(map(id, opened))) == 3
+
+
+def test_the_disk_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({f"layer.{number}": torch.zeros(100) for number in range(8)}, tmp_path / "model.safetensors")
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(loader, "AHEAD_BYTES", 1000)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, __: asked.append((start, size)))
+    checkpoint = Checkpoint(tmp_path, torch.float32, CPU)
+    names = [f"layer.{number}" for number in range(8)]
+    first = checkpoint._header(tmp_path / "model.safetensors")[0]
+    for name in names[:4]:
+        checkpoint.read(name)
+        checkpoint.read(name, slice(0, 1))
+    assert asked == [(first, 1400), (first + 1400, 800)], "one piece after the other, and not for each tensor"
+    for name in (names[7], names[0], names[0]):
+        checkpoint.read(name)
+    assert asked[2:] == [(first + 2800, 1400), (first, 1400)], "elsewhere it begins anew"
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

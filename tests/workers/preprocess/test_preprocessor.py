@@ -28,8 +28,11 @@ from launcher.checkpoints import EMBEDDED
 from pipeline.config import Config, ModelConfig, PreprocessConfig
 from pipeline.families import ImageSize, read_model_info
 from pipeline.process.flight_recorder import FlightRecorder, digest_of
+from pipeline.process.nodes import NodeMap
 from pipeline.process.quarantine import Quarantine
 from pipeline.process.trace import Tracer
+from pipeline.transport.cluster import NodeSpec
+from pipeline.transport.keys import KeyPair
 from pipeline.transport.slots import SlotAllocator
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.base import ChunkKey, PoolOpened
@@ -40,11 +43,12 @@ from pipeline.wire.encoding import (
     EncodeMiss,
     EncodeRequest,
     ItemNotNeeded,
+    PixelsCopied,
     PixelsReleased,
     RequestEnded,
 )
 from pipeline.wire.errors import RequestError
-from pipeline.wire.generation import GenerateRequest, RequestNotYours, RequestRefused
+from pipeline.wire.generation import GenerateRequest, RequestNotYours, RequestRefused, Via
 from pipeline.wire.packing import pack_int32, unpack_int32
 from pipeline.wire.prompts import Chat, ChatMessage, ImagePart, Text, TextPart, Tokens, VideoPart
 from pipeline.wire.sampling import SamplingParams
@@ -138,7 +142,13 @@ async def rig() -> AsyncIterator[Rig]:
         yield made
 
 
-def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), lora: tuple[str, ...] = (), **options: Any) -> Any:
+def make_rig(
+    num_vits: int,
+    leads: tuple[int, ...] = (0,),
+    lora: tuple[str, ...] = (),
+    nodes: NodeSpec | None = None,
+    **options: Any,
+) -> Any:
     from contextlib import asynccontextmanager
 
     @asynccontextmanager
@@ -148,7 +158,9 @@ def make_rig(num_vits: int, leads: tuple[int, ...] = (0,), lora: tuple[str, ...]
             context: Any = SimpleNamespace(
                 origin={"sender": PREPROCESS, "epoch": 1},
                 sockets=SimpleNamespace(epochs=epochs),
-                spec=SimpleNamespace(placement=SimpleNamespace(num_threads=2)),
+                epoch_of=lambda worker: epochs.get(worker, 0),
+                nodes=NodeMap(nodes),
+                spec=SimpleNamespace(placement=SimpleNamespace(num_threads=2), node=nodes),
                 config=Config(model=ModelConfig(lora=lora)),
                 is_current=lambda message: message.epoch >= 1,
                 tracer=Tracer("", PREPROCESS),
@@ -1367,6 +1379,51 @@ async def test_media_that_cannot_be_read_for_no_fault_of_theirs_end_their_reques
 def states(rig: Rig, **ready: bool) -> list[WorkerState]:
     workers = [VIT_0, WorkerId(Role.VIT, 1), *(WorkerId(Role.LLM, lead) for lead in rig.llms)]
     return [WorkerState(worker, 1, ready.get(f"{worker.role}_{worker.rank}", True)) for worker in workers]
+
+
+async def test_pixels_that_a_carrier_has_copied_free_their_slot_and_can_still_be_cancelled() -> None:
+    """ViT 1 and its group are on another node."""
+    spec = NodeSpec(node=0, vits_per_node=1, ranks_per_node=1, own=KeyPair(b"", b""))
+    async with make_rig(2, leads=(1,), nodes=spec) as rig:
+        carrier, far = WorkerId(Role.CARRIER, 1), WorkerId(Role.VIT, 1)
+        rig.context.sockets.epochs.update({carrier: 3, WorkerId(Role.CARRIER): 2})
+        rig.core.on_states([WorkerState(worker, 1, True) for worker in (far, WorkerId(Role.LLM, 1))], [])
+        rig.submit("r", [encode(scene(1)), encode(scene(2))])
+        await rig.settle()
+        (generate,) = rig.llm.take(GenerateRequest)
+        chunks = [chunk for item in generate.items for chunk in item.chunks]
+        assert [(chunk.vit, chunk.carriers) for chunk in chunks] == [(1, (Via(0, 2), Via(1, 3)))] * 2
+        keys = sorted({message.key for message in rig.encodes()})
+        assert rig.allocator.num_used == 2
+        for _ in range(2):
+            rig.feedback(PixelsCopied, key=keys[0])
+        assert rig.allocator.num_used == 1
+        rig.feedback(EncodeMiss, key=keys[0])
+        assert rig.encodes() == [], "the carrier has them"
+        rig.end("r")
+        (cancelled,) = rig.vits[1].take(CancelEncode)
+        assert sorted(cancelled.keys) == keys
+        for key in keys:
+            rig.feedback(PixelsReleased, key=key)
+        rig.check_nothing_left()
+
+
+async def test_with_a_carrier_goes_what_is_on_the_way_to_the_vits_of_its_node() -> None:
+    spec = NodeSpec(node=0, vits_per_node=1, ranks_per_node=1, own=KeyPair(b"", b""))
+    async with make_rig(2, leads=(1,), nodes=spec) as rig:
+        far = WorkerId(Role.VIT, 1)
+        rig.core.on_states([WorkerState(worker, 1, True) for worker in (far, WorkerId(Role.LLM, 1))], [])
+        rig.submit("r", [encode(scene(1))])
+        await rig.settle()
+        rig.vits[1].take()
+        for node in (0, 1):
+            assert rig.allocator.num_used == 1, "the successor of the head's carrier reads them"
+            rig.core.on_states([], [WorkerState(WorkerId(Role.CARRIER, node), 2, False)])
+        assert rig.allocator.num_used == 0
+        (opened,) = rig.vits[1].take(PoolOpened)
+        assert opened.receiver_epoch == 1, "the ViT lives"
+        rig.end("r")
+        rig.check_nothing_left()
 
 
 async def test_with_a_vit_go_its_chunks_and_the_memory_of_where_hashes_are(rig: Rig) -> None:

@@ -5,6 +5,7 @@ from workers.preprocess.router import (
     MAX_REMEMBERED,
     OUTPUT_TOKENS,
     PREFIX_TOKENS,
+    Encoded,
     GroupRouter,
     Router,
     prefix_hashes,
@@ -111,3 +112,56 @@ def test_only_living_groups_that_the_client_knows_are_chosen() -> None:
     assert router.candidates((7,)) == [0, 2], "of a pipeline that has other groups"
     router.available = set()
     assert router.candidates(()) == [0, 1, 2]
+
+
+def test_a_group_near_the_embeddings_is_chosen_unless_it_has_more_to_do() -> None:
+    router = GroupRouter([0, 1])
+    picture = Encoded(stop=700, num_tokens=640, near=[1])
+    assert router.choose([], 704, encoded=[picture])[0] == 1
+    router.finished(1, 704 + OUTPUT_TOKENS)
+    assert router.choose([], 704)[0] == 0
+    assert router.choose([], 704, encoded=[Encoded(stop=700, num_tokens=640, near=[0])])[0] == 1
+
+
+def test_embeddings_within_the_cached_prefix_are_not_brought() -> None:
+    router = GroupRouter([0, 1])
+    prefixes = prefix_hashes([1] * 704, [], b"")
+    assert router.choose(prefixes, 704)[0] == 0
+    router.finished(0, 704 + OUTPUT_TOKENS)
+    far = Encoded(stop=600, num_tokens=64 * 1000, near=[1])
+    assert router.choose(prefixes, 704, encoded=[far])[0] == 0
+    assert router.choose(prefixes, 704, encoded=[far._replace(stop=705)])[0] == 1
+
+
+def test_a_chat_stays_where_its_prefix_is_though_other_groups_have_less_to_do() -> None:
+    router = GroupRouter([0, 1])
+    turns = [prefix_hashes([7] * length, [], b"") for length in (640, 1280)]
+    lead, num_tokens = router.choose(turns[0], 640)
+    router.finished(lead, num_tokens)
+    for _ in range(10):
+        num_tokens = router.choose([], 64, among=[lead])[1]
+        router.computed(lead, num_tokens)
+    assert router.outstanding == {lead: 10 * OUTPUT_TOKENS, 1 - lead: 0}
+    assert router.choose(turns[1], 1280) == (lead, 640 + OUTPUT_TOKENS)
+
+
+def test_a_prefix_of_many_chats_is_soon_in_every_group() -> None:
+    router = GroupRouter([0, 1])
+    system = [7] * 640
+    chats = [prefix_hashes([*system, *[number] * 64], [], b"") for number in range(12)]
+    chosen = []
+    for chat in chats:
+        lead, num_tokens = router.choose(chat, 704)
+        router.computed(lead, num_tokens)
+        chosen.append(lead)
+    assert chosen.count(0) == chosen.count(1) == 6
+
+
+def test_a_computed_prompt_counts_no_more() -> None:
+    router = GroupRouter([0])
+    lead, num_tokens = router.choose([], 5000)
+    assert router.outstanding == {0: 5000 + OUTPUT_TOKENS}
+    num_tokens = router.computed(lead, num_tokens)
+    assert router.outstanding == {0: OUTPUT_TOKENS}
+    router.finished(lead, num_tokens)
+    assert router.outstanding == {0: 0}

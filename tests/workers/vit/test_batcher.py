@@ -9,11 +9,13 @@ from collections.abc import Sequence, Set
 import pytest
 
 from pipeline.families import EmbeddingSpec
-from pipeline.transport.slots import ALIGNMENT, Order, SlotAllocator
-from pipeline.wire.base import ChunkKey, GridTHW
+from pipeline.transport.slots import ALIGNMENT, SlotAllocator
+from pipeline.wire.base import ChunkKey, GridTHW, Order
 from pipeline.wire.handles import TensorHandle
+from pipeline.wire.topology import Role, WorkerId
 from workers.vit.batcher import Batcher, LeaseGone, NeedPixels, PixelsDone, Ready, Refused
 
+LLM_0 = WorkerId(Role.LLM)
 GRID = GridTHW(1, 4, 4)  # 16 patches, 4 tokens
 TOKEN_BYTES = ALIGNMENT // 4  # so that one chunk is one unit of the pool
 
@@ -62,12 +64,12 @@ def test_a_new_chunk_is_asked_for_encoded_leased_and_kept() -> None:
     assert ask(made, "a", b"h", with_pixels=True) == []
     ready, done = encode(made)
     assert isinstance(ready, Ready)
-    assert (ready.key, ready.feature.embedding.num_rows) == (key("a"), 4)
+    assert (ready.key, ready.feature.value.num_rows) == (key("a"), 4)
     assert done == PixelsDone(key("a"))
     again = ask(made, "b", b"h", 2)
     assert [type(action) for action in again] == [Ready, PixelsDone]
     assert made.cache.num_leases == 2
-    assert (made.num_queries, made.num_hits, made.cache.num_features) == (2, 1, 1)
+    assert (made.num_queries, made.num_hits, made.cache.num_kept) == (2, 1, 1)
     made.check_integrity()
 
 
@@ -229,13 +231,13 @@ def test_a_lost_release_heals_after_two_lease_sets() -> None:
     ask(made, "a", b"h")
     ask(made, "a", b"h", with_pixels=True)
     lease = next(action.lease_id for action in encode(made) if isinstance(action, Ready))
-    younger = made.cache.lease(made.cache.get(b"h"), 0)  # type: ignore[arg-type]
-    made.cache.reconcile(0, [], lease)
+    younger = made.cache.lease(made.cache.get(b"h"), LLM_0)  # type: ignore[arg-type]
+    made.cache.reconcile(LLM_0, [], lease)
     assert made.cache.num_leases == 2, "once is not enough"
-    made.cache.reconcile(0, [lease], lease)
-    made.cache.reconcile(0, [], lease)
+    made.cache.reconcile(LLM_0, [lease], lease)
+    made.cache.reconcile(LLM_0, [], lease)
     assert made.cache.num_leases == 2, "it was seen in between"
-    made.cache.reconcile(0, [], lease)
+    made.cache.reconcile(LLM_0, [], lease)
     assert made.cache.num_leases == 1, f"{younger} may still be under way"
     made.cache.release([lease, younger, 999])
     assert made.cache.num_leases == 0

@@ -49,12 +49,13 @@ class LayeredDecoder(Decoder):
     ) -> None:
         super().__init__(info, weights, parallel, kernels)
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
+        of_width = weights.of_width(info.hidden_size)
         self.layers = [
-            self._make_layer(weights.under(f"model.layers.{number}"), number)
+            self._make_layer(of_width.under(f"model.layers.{number}"), number)
             for number in range(info.num_layers)
         ]
         self.norm = RMSNorm(weights.tensor("model.norm.weight"), info.rms_norm_eps)
-        self.vocabulary = Vocabulary(weights, self.heads.vocab, info.vocab_size, info.tie_word_embeddings)
+        self.vocabulary = Vocabulary(of_width, self.heads.vocab, info.vocab_size, info.tie_word_embeddings)
         self._axes, self._frequencies = mrope_constants(info, weights.device, self.has_interleaved_axes)
 
     @classmethod

@@ -57,12 +57,13 @@ class Qwen3_5Decoder(Decoder):
         self._mtp_layers: Sequence[AttentionLayer] = ()
         self._linear_attention = linear_attention_of(kernels)
         self.heads = HeadLayout(info, parallel.rank, parallel.size)
+        of_width = weights.of_width(info.hidden_size)
         self.layers = [
-            self._make_layer(weights.under(f"model.layers.{number}"), number)
+            self._make_layer(of_width.under(f"model.layers.{number}"), number)
             for number in range(info.num_layers)
         ]
         self.norm = _norm(weights, "model.norm", info.rms_norm_eps)
-        self.vocabulary = Vocabulary(weights, self.heads.vocab, info.vocab_size, info.tie_word_embeddings)
+        self.vocabulary = Vocabulary(of_width, self.heads.vocab, info.vocab_size, info.tie_word_embeddings)
         self._axes, self._frequencies = mrope_constants(
             info, weights.device, has_interleaved_axes=True, rotary_dim=info.rotary_dim
         )
@@ -98,7 +99,10 @@ class Qwen3_5Decoder(Decoder):
 
     def load_mtp(self, weights: Weights) -> None:
         of_mtp, eps = weights.under("mtp"), self._info.rms_norm_eps
-        of_layer, index = of_mtp.under("layers.0"), len(self._info.full_layers)
+        of_layer, index = (
+            of_mtp.of_width(self._info.hidden_size).under("layers.0"),
+            len(self._info.full_layers),
+        )
         mixer = GatedAttention(self._info, of_layer.under("self_attn"), self.heads, self.parallel, index)
         layer = self._assemble(mixer, of_layer)
         self._mtp_layers = [mixer.layer]

@@ -41,7 +41,7 @@ class Vocabulary:
 
     def _tied_head(self, weights: Weights, shard: Shard, table: str, head: str) -> Linear:
         if not isinstance(self.table, Tensor):
-            return weights.packed(head, weights.tensor(table, shard))
+            return weights.tied(head, table, shard)
         (rows,), padding, _ = shard
         part = self.table[rows]  # a view
         return weights.packed(head, F.pad(part, (0, 0, 0, padding)) if padding else part)

@@ -33,8 +33,11 @@ def multiply(
 ) -> Tensor:
     """x [rows, in_features] · Wᵀ + bias + residual: [rows, out], all in the type of x: float32 or bfloat16.
 
-    is_quantized: each row in 8 bits, with a scale of its own; not for weights in FP8.
+    is_quantized: each row in 8 bits, with a scale of its own; not for weights in FP8. Raises ValueError for x
+    of another width than the weight: the kernels would read beyond it.
     """
+    if x.shape[1] != weight.in_features:
+        raise ValueError(f"x has {x.shape[1]} columns, a quantised weight {weight.in_features} inputs")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     out = x.new_empty((len(x), weight.out_features))
     if not len(x):

@@ -62,6 +62,20 @@ static inline long grouped_row_bytes(const GroupedRows& job) {
     return 64 + grouped_sums_bytes(job) + grouped_inputs(job) * (job.is_quantized ? 1 : 4);
 }
 
+// Rows in float times a weight of 16 bits [out_features, in_features], plus bias and residual, which may be null.
+struct HalfRows {
+    float* out; const float* x; const unsigned short* weight; const float *bias, *residual;
+    long rows, in_features, out_features; bool is_bf16;
+};
+
+// Words of a file, each with eight numbers of 4 bits, into that layout. A word has eight outputs of one input
+// (`has_outputs`; `skipped` of the first word are left out), or eight inputs of one output. `order` says which input stands
+// where in the layout, and may be null. num_inputs: a multiple of 32. Strides are in words, that of `out` in bytes.
+struct Repack {
+    unsigned char* out; const unsigned* words; const long* order;
+    long out_stride, num_outputs, num_inputs, input_stride, output_stride, skipped; bool has_outputs;
+};
+
 // Attention of many rows in bfloat16. A segment's places are rows of q, of out and of the keys; with `blocks`, the
 // first of its blocks. The last segment is only the end of the others. The last two numbers are the kernel's own.
 // `packed` has room for so many heads of keys of all segments at once, or with `heads_at_once` 0 for one head of the
@@ -112,10 +126,11 @@ struct Kernels {
     void (*delta_net)(const DeltaNet&);
 };
 
-namespace base { Kernels table(bool is_half); }
+namespace base { Kernels table(bool is_half); void repack(const Repack&); }
 #if defined(__x86_64__)
 namespace avx2 { Kernels table(bool is_half); }
 namespace avx512 { Kernels table(bool is_half); }
+namespace avx2_half { void rows(const HalfRows&); }
 namespace avx2_quantized { void rows(const QuantizedRows&); }
 namespace avx512_vnni { void rows(const QuantizedRows&); }
 namespace avx2_grouped { void rows(const GroupedRows&); void widen(const GroupedRows&); }

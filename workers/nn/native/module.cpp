@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr long INTERFACE = 8;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 9;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -245,6 +245,35 @@ PyObject* grouped(void (*GroupedVersion::*kernel)(const GroupedRows&), PyObject*
 PyObject* grouped_rows(PyObject*, PyObject* const* values, Py_ssize_t count) { return grouped(&GroupedVersion::rows, values, count); }
 PyObject* widen_grouped(PyObject*, PyObject* const* values, Py_ssize_t count) { return grouped(&GroupedVersion::widen, values, count); }
 
+PyObject* has_half_rows(PyObject*, PyObject*) {
+#if defined(__x86_64__)
+    return PyBool_FromLong(has_half_floats());
+#else
+    Py_RETURN_FALSE;
+#endif
+}
+
+PyObject* half_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 9)) return nullptr;
+    Arguments a{values};
+    HalfRows job{(float*)a.address(), (const float*)a.address(), (const unsigned short*)a.address(), (const float*)a.address(),
+                 (const float*)a.address(), a.number(), a.number(), a.number(), a.number() != 0};
+#if defined(__x86_64__)
+    return run(avx2_half::rows, job);
+#else
+    PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
+    return nullptr;
+#endif
+}
+
+PyObject* repack(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 10)) return nullptr;
+    Arguments a{values};
+    Repack job{(unsigned char*)a.address(), (const unsigned*)a.address(), (const long*)a.address(), a.number(), a.number(), a.number(),
+               a.number(), a.number(), a.number(), a.number() != 0};
+    return run(base::repack, job);
+}
+
 PyObject* quantize_int4(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!has_count(count, 8)) return nullptr;
     Arguments a{values};
@@ -380,8 +409,9 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(read_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(grouped_rows), FAST(widen_grouped), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(read_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(grouped_rows), FAST(widen_grouped), FAST(repack), FAST(half_rows), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
     {"versions", versions, METH_NOARGS, nullptr},
+    {"has_half_rows", has_half_rows, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},
     {"quantized_versions", quantized_versions, METH_NOARGS, nullptr},
     {"grouped_versions", grouped_versions, METH_NOARGS, nullptr},

@@ -4,11 +4,13 @@
     int8  8 bits, with a scale for each 128 inputs of an output
     fp8   e4m3, with a scale for each output
 
-Activations stay in the model's type. Of a CPU, `int8.py` and `int4.py` have kernels for other layouts, with
-activations in 8 bits.
+For GPUs, and for CPUs with `--activation-quantization none`: else `int8.py` and `int4.py` have layouts of a
+CPU's own, with activations in 8 bits. FP8 is for both.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,17 @@ from torch import Tensor
 
 from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
-from workers.nn.weights.base import Experts
+from workers.nn.weights.base import Activations, Experts, Linear
 from workers.nn.weights.dense import Dense, StoredExperts
 from workers.nn.weights.experts import put_together
-from workers.nn.weights.grouped import CHUNK, Arrangement, GroupedLinear, GroupedWeight, NumberKind
+from workers.nn.weights.grouped import (
+    CHUNK,
+    Arrangement,
+    GroupedLinear,
+    GroupedWeight,
+    NumberKind,
+    choose_product,
+)
 from workers.nn.weights.shard import ExpertsShard
 
 PART_NUMBERS = 1 << 24  # that are quantised at a time
@@ -31,7 +40,19 @@ class GroupedAtLoad(Dense):
     """Reads and shards the checkpoint's tensors like dense ones."""
 
     def __init__(self, kind: NumberKind) -> None:
-        super().__init__(lambda weight, bias: GroupedLinear(quantized(weight, kind), bias))
+        super().__init__(self._make_linear)
+        self._kind, self._activations = kind, Activations.AUTO
+
+    def choose_activations(self, activations: Activations) -> None:
+        if activations is Activations.INT8 and self._kind is NumberKind.FP8:
+            raise ValueError(
+                "activation_quantization 'int8' is for weights that are whole numbers, not for those in FP8"
+            )
+        self._activations = activations
+
+    def _make_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        choose = partial(choose_product, activations=self._activations)
+        return GroupedLinear(quantized(weight, self._kind), bias, choose)
 
     def experts(
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None

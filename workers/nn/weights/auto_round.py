@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.families.quantization import auto_round_packing
+from pipeline.families.quantization import auto_round_packing, is_expression
 from workers.nn.weights.awq import Awq
 from workers.nn.weights.gptq import Gptq
 from workers.nn.weights.stored import StoredFormat
 
 DENSE_BITS = 16
-SPECIAL = frozenset("*+?^$()[]{}|\\")  # marks of an expression
 
 
 def auto_round(settings: Mapping[str, Any]) -> StoredFormat:
@@ -31,5 +30,5 @@ def _rules(settings: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 def _dynamic(name: str, rules: Mapping[str, Any]) -> str:
     """The key by which GPTQ has the rules of a layer, whose name may be an expression."""
-    expression = name if set(name) & SPECIAL else re.escape(name)
+    expression = name if is_expression(name) else re.escape(name)
     return f"{'-' if rules.get('bits', 0) >= DENSE_BITS else '+'}:{expression}$"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.nn.loader import Checkpoint
+from workers.nn.native.repack import repack_outputs, takes_words
 from workers.nn.weights.exceptions import Names
 from workers.nn.weights.grouped import BLOCK, NumberKind
 from workers.nn.weights.matrices import StoredMatrix, expect_type
@@ -48,20 +49,16 @@ class AwqMatrix(StoredMatrix):
     def numbers(self, rows: slice, columns: slice) -> Tensor:
         return self._outputs("qweight", rows, columns)
 
-    def blocks(self, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
+    def put_blocks(self, rows: slice, columns: slice, order: Tensor | None, out: Tensor) -> bool:
         if order is not None:
-            return None
+            return False
         words, within = words_of(rows, BITS)
         found = self._checkpoint.read(self.name, columns, words).to(self._checkpoint.device)
-        size, count = found.shape
-        halves = found.view(-1, 2, BLOCK // 2, count)
-        outputs = torch.empty(count, PER_WORD, size // 2, dtype=torch.uint8, device=found.device)
-        for start, words_of_both in enumerate(paired(halves[:, 0], halves[:, 1])):
-            # A row of words for each eight outputs, whose numbers are then taken apart.
-            octets = words_of_both.flatten(0, 1).t().contiguous().view(torch.uint8).view(count, -1, 4)
-            for place in range(4):
-                outputs[:, ORDER[2 * place + start]] = octets[:, :, place]
-        return outputs.flatten(0, 1)[within]
+        if takes_words(found, out):
+            repack_outputs(found, within.start, out)
+        else:
+            out.copy_(blocks_of_outputs(found)[within])
+        return True
 
     def scales(self, rows: slice) -> Tensor:
         found = self._checkpoint.read(f"{self._module}.scales", columns=rows)
@@ -76,13 +73,26 @@ class AwqMatrix(StoredMatrix):
         found = self._checkpoint.read(f"{self._module}.{name}", columns, words).to(self._checkpoint.device)
         count = found.shape[1]
         # A row of words for each eight outputs, whose numbers are then taken apart.
-        octets = found.t().contiguous().view(torch.uint8).view(count, -1, 4)
+        octets = found.t().flatten().view(torch.uint8).view(count, len(found), 4)
         outputs = octets.new_empty(count, PER_WORD, octets.shape[1])
         for place in range(4):
             octet = octets[:, :, place]
             outputs[:, ORDER[2 * place]] = octet & 15
             outputs[:, ORDER[2 * place + 1]] = octet >> 4
         return outputs.flatten(0, 1)[within]
+
+
+def blocks_of_outputs(words: Tensor) -> Tensor:
+    """The layout's blocks [8 · n, in / 2] of words [in, n] int32. in: a multiple of 32."""
+    size, count = words.shape
+    halves = words.view(-1, 2, BLOCK // 2, count)
+    outputs = torch.empty(count, PER_WORD, size // 2, dtype=torch.uint8, device=words.device)
+    for start, words_of_both in enumerate(paired(halves[:, 0], halves[:, 1])):
+        # A row of words for each eight outputs, whose numbers are then taken apart.
+        octets = words_of_both.flatten(0, 1).t().contiguous().view(torch.uint8).view(count, -1, 4)
+        for place in range(4):
+            outputs[:, ORDER[2 * place + start]] = octets[:, :, place]
+    return outputs.flatten(0, 1)
 
 
 class Awq(StoredFormat):

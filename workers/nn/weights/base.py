@@ -117,5 +117,9 @@ class Format(ABC):
         format."""
 
     @abstractmethod
+    def tied(self, checkpoint: Checkpoint, name: str, shard: Shard) -> Linear:
+        """A layer whose weight is another one's dense tensor, such as tied embeddings: some of its rows."""
+
+    @abstractmethod
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """A layer of a weight [out, in] in memory, in the model's type."""

@@ -12,7 +12,7 @@ and perhaps `weight_zero_point`, as numbers are stored, but packed along the out
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,14 +21,15 @@ from torch import Tensor
 from workers.nn.loader import Checkpoint
 from workers.nn.weights.exceptions import Names
 from workers.nn.weights.matrices import ScaledMatrix, StoredMatrix, expect_type
-from workers.nn.weights.packed import KINDS, as_kind, blocks_of, unpack, without_common, words_of
+from workers.nn.weights.packed import KINDS, as_kind, put_blocks, unpack, without_common, words_of
 from workers.nn.weights.stored import StoredFormat
 
 logger = logging.getLogger(__name__)
 
 
 class CompressedMatrix(StoredMatrix):
-    def __init__(self, checkpoint: Checkpoint, module: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, module: str, group_sizes: Iterable[int] = ()) -> None:
+        """`group_sizes`: by the settings. The first that fits counts where the last group is shorter."""
         name = f"{module}.weight_packed"
         expect_type(checkpoint, name, "I32")
         expect_type(checkpoint, f"{module}.weight_shape", "I64", "I32")
@@ -43,10 +44,10 @@ class CompressedMatrix(StoredMatrix):
                 f"{scales}, weight_shape says {(out_features, in_features)}"
             )
         self._bits = fitting[0]
-        groups = self._find_groups(in_features, num_groups)
+        groups = self._find_groups(in_features, num_groups, group_sizes)
         super().__init__(name, KINDS[self._bits], (out_features, in_features), groups)
 
-    def _find_groups(self, in_features: int, num_groups: int) -> Tensor:
+    def _find_groups(self, in_features: int, num_groups: int, group_sizes: Iterable[int]) -> Tensor:
         name = f"{self._module}.weight_g_idx"
         if self._checkpoint.has(name):
             found = self._checkpoint.read(name).long()
@@ -54,6 +55,9 @@ class CompressedMatrix(StoredMatrix):
                 return found
             if bool((found >= 0).any()):
                 raise ValueError(f"tensor {name!r} does not fit {in_features} inputs in {num_groups} groups")
+        for size in group_sizes:
+            if num_groups == -(-in_features // size):
+                return torch.arange(in_features) // size
         if in_features % num_groups:
             raise ValueError(
                 f"{self._module} has {in_features} inputs, which {num_groups} groups do not divide"
@@ -65,11 +69,10 @@ class CompressedMatrix(StoredMatrix):
         found = self._checkpoint.read(self.name, rows, words).to(self._checkpoint.device)
         return as_kind(unpack(found, self._bits)[:, within], self._bits)
 
-    def blocks(self, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
-        if order is not None:
-            return None
+    def put_blocks(self, rows: slice, columns: slice, order: Tensor | None, out: Tensor) -> bool:
         words, _ = words_of(columns, self._bits)
-        return blocks_of(self._checkpoint.read(self.name, rows, words).to(self._checkpoint.device))
+        put_blocks(self._checkpoint.read(self.name, rows, words).to(self._checkpoint.device), order, out)
+        return True
 
     def scales(self, rows: slice) -> Tensor:
         found = self._checkpoint.read(f"{self._module}.weight_scale", rows)
@@ -101,7 +104,7 @@ class CompressedTensors(StoredFormat):
     def matrix(self, checkpoint: Checkpoint, module: str) -> StoredMatrix:
         names = [f"{module}.{name}" for name in ("weight", "weight_scale", "weight_zero_point")]
         if checkpoint.has(f"{module}.weight_packed"):
-            return CompressedMatrix(checkpoint, module)
+            return CompressedMatrix(checkpoint, module, [size for _, size in self._blocks(module)])
         return ScaledMatrix(checkpoint, names[0], names[1], list(self._blocks(module)), zero=names[2])
 
     def _blocks(self, module: str) -> Iterator[tuple[int, int]]:

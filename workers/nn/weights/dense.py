@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.nn.fused import Kernels
-from workers.nn.loader import Checkpoint
+from workers.nn.loader import FILE_DTYPES, Checkpoint
+from workers.nn.native import half_rows
 from workers.nn.native.panels import panels_of
 from workers.nn.weights.base import Experts, Format, Linear
 from workers.nn.weights.experts import ListedExperts, StackedExperts
+from workers.nn.weights.parts import load_as_stored, load_part, load_side_by_side
 from workers.nn.weights.processor import can_pack, has_fbgemm
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 
@@ -73,6 +75,21 @@ class HalfLinear(Linear):
         return out
 
 
+class SixteenBitLinear(Linear):
+    """Float32 arithmetic with W [out, in] as its file has it, in bfloat16 or float16: exact, and nothing is
+    packed at load, which takes FBGEMM some 10 ns a weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(*weight.shape)
+        self.weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return half_rows.multiply(self.weight, x, self._bias, None)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return half_rows.multiply(self.weight, x, self._bias, residual)
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The fastest kind for this weight [out, in] on its device, exact but for rounding."""
     if weight.device.type != "cpu":
@@ -114,10 +131,33 @@ class Dense(Format):
         bias: Tensor | None,
     ) -> Linear:
         names = [f"{module}.weight" for module in modules]
+        if self._stays(checkpoint, names):
+            return SixteenBitLinear(load_as_stored(checkpoint, names, shards), bias)
         return self.pack(load_side_by_side(checkpoint, names, shards), bias)
 
     def row(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Linear:
-        return self.pack(load_part(checkpoint, f"{module}.weight", columns=shard), None)
+        name = f"{module}.weight"
+        if self._stays(checkpoint, [name]):
+            return SixteenBitLinear(load_as_stored(checkpoint, [name], [WHOLE], shard))
+        return self.pack(load_part(checkpoint, name, columns=shard), None)
+
+    def tied(self, checkpoint: Checkpoint, name: str, shard: Shard) -> Linear:
+        if self._stays(checkpoint, [name]):
+            return SixteenBitLinear(load_as_stored(checkpoint, [name], [shard]))
+        return self.pack(load_part(checkpoint, name, shard), None)
+
+    def _stays(self, checkpoint: Checkpoint, names: Sequence[str]) -> bool:
+        """Whether these matrices, side by side, are computed as the file has them."""
+        types = {checkpoint.type_of(name) for name in names}
+        return (
+            self._make is make_linear
+            and checkpoint.device.type == "cpu"
+            and checkpoint.dtype is torch.float32
+            and len(types) == 1
+            and FILE_DTYPES.get(types.pop()) in half_rows.IS_BF16
+            and all(len(checkpoint.shape(name)) == 2 for name in names)
+            and half_rows.has_kernel()
+        )
 
     def experts(
         self, checkpoint: Checkpoint, module: str, shard: ExpertsShard, kernels: Kernels | None
@@ -149,7 +189,7 @@ class StoredExperts:
     `down_proj`: as `F.linear` takes them, which `save_pretrained` of transformers 5 writes, or each expert
     transposed, as many published checkpoints have them. The shapes of both tensors together tell which.
 
-    Raises ValueError for shapes that are neither.
+    Raises ValueError for shapes that are neither, and for experts of another hidden size than the model.
     """
 
     def __init__(self, checkpoint: Checkpoint, module: str, shard: ExpertsShard) -> None:
@@ -161,14 +201,19 @@ class StoredExperts:
         """[2 · intermediate, hidden], gate first."""
         if not self._is_fused:
             names = [f"{self._module}.{expert}.{name}_proj.weight" for name in ("gate", "up")]
-            return load_side_by_side(self._checkpoint, names, [self._shard.intermediate] * 2)
+            made = load_side_by_side(self._checkpoint, names, [self._shard.intermediate] * 2)
+            self._shard.check_hidden(made.shape[1], names[0])
+            return made
         return self._of_fused("gate_up_proj", expert, rows=self._shard.gate_up)
 
     def down(self, expert: int) -> Tensor:
         """[hidden, intermediate]"""
         columns = self._shard.intermediate
         if not self._is_fused:
-            return load_part(self._checkpoint, f"{self._module}.{expert}.down_proj.weight", columns=columns)
+            name = f"{self._module}.{expert}.down_proj.weight"
+            made = load_part(self._checkpoint, name, columns=columns)
+            self._shard.check_hidden(len(made), name)
+            return made
         return self._of_fused("down_proj", expert, columns=columns)
 
     def _of_fused(self, name: str, expert: int, rows: Shard = WHOLE, columns: Shard = WHOLE) -> Tensor:
@@ -201,33 +246,3 @@ def _stack(read: Callable[[int], Tensor], numbers: range) -> Tensor:
     for place, number in enumerate(numbers[1:], 1):
         stacked[place] = read(number)
     return stacked
-
-
-def load_side_by_side(checkpoint: Checkpoint, names: Sequence[str], shards: Sequence[Shard]) -> Tensor:
-    """The rows of each tensor's shard, concatenated."""
-    parts = [load_part(checkpoint, name, rows) for name, rows in zip(names, shards, strict=True)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def load_part(
-    checkpoint: Checkpoint, name: str, rows: Shard = WHOLE, columns: Shard = WHOLE, at: int | None = None
-) -> Tensor:
-    """A rank's rows or columns of a tensor, as a copy in the model's type. One of the two must be `WHOLE`.
-
-    `at`: of one of the matrices that the tensor stacks. Raises ValueError for a tensor of other sizes than
-    the model's settings have.
-    """
-    assert WHOLE in (rows, columns), "no layer is cut both ways"
-    for axis, shard in ((0, rows), (1, columns)):
-        if shard.size:
-            shard.check(checkpoint.shape(name)[axis + (at is not None)], f"axis {axis} of {name!r}")
-    if columns == WHOLE:
-        parts, axis, padding = [checkpoint.load(name, part, at=at) for part in rows.slices], 0, rows.padding
-    else:
-        loaded = [checkpoint.load(name, columns=part, at=at) for part in columns.slices]
-        parts, axis, padding = loaded, 1, columns.padding
-    if padding:
-        shape = list(parts[0].shape)
-        shape[axis] = padding
-        parts.append(parts[0].new_zeros(shape))
-    return torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]

@@ -23,8 +23,7 @@ from workers.nn.weights.matrices import StoredMatrix, expect_type
 from workers.nn.weights.packed import (
     KINDS,
     as_kind,
-    blocks_of,
-    ordered_blocks,
+    put_blocks,
     unpack,
     without_common,
     words_of,
@@ -73,10 +72,10 @@ class GptqMatrix(StoredMatrix):
         found = self._checkpoint.read(self.name, words, rows).to(self._checkpoint.device)
         return as_kind(unpack(found.t(), self._bits)[:, within], self._bits)
 
-    def blocks(self, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
+    def put_blocks(self, rows: slice, columns: slice, order: Tensor | None, out: Tensor) -> bool:
         words, _ = words_of(columns, self._bits)
-        found = self._checkpoint.read(self.name, words, rows).to(self._checkpoint.device)
-        return blocks_of(found.t()) if order is None else ordered_blocks(found, order.to(found.device))
+        put_blocks(self._checkpoint.read(self.name, words, rows).to(self._checkpoint.device).t(), order, out)
+        return True
 
     def scales(self, rows: slice) -> Tensor:
         found = self._checkpoint.read(f"{self._module}.scales", columns=rows)
@@ -96,8 +95,8 @@ class Gptq(StoredFormat):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        self._is_first = settings.get("checkpoint_format", "gptq") == "gptq"
-        self._group_size = int(settings.get("group_size", -1))
+        self._is_first = (settings.get("checkpoint_format") or "gptq") == "gptq"
+        self._group_size = int(settings.get("group_size") or -1)
         self._dynamic: Mapping[str, Mapping[str, Any]] = settings.get("dynamic") or {}
         listed = settings.get("modules_to_not_convert")
         self._exceptions = None if listed is None else Names(listed)
@@ -105,7 +104,8 @@ class Gptq(StoredFormat):
 
     def matrix(self, checkpoint: Checkpoint, module: str) -> StoredMatrix:
         rules = self._rules(module) or {}
-        return GptqMatrix(checkpoint, module, self._is_first, int(rules.get("group_size", self._group_size)))
+        group_size = int(rules.get("group_size") or self._group_size)
+        return GptqMatrix(checkpoint, module, self._is_first, group_size)
 
     def says(self, module: str) -> bool | None:
         """Without a word of it in the settings, layers of the decoder are quantised, and others may be."""

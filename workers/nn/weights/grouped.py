@@ -207,15 +207,13 @@ class Arrangement:
             numbers = _without(weight.kind, numbers, zeros, groups, padding)
         _pack(weight.kind, numbers, weight.numbers[rows])
 
-    def put_blocks(
-        self, weight: GroupedWeight, rows: slice, blocks: Tensor, scales: Tensor, zeros: Tensor | None
-    ) -> None:
-        """As `put`, of numbers [n, num_inputs / 2] of 4 bits that are in the layout's blocks already. Only
-        where `has_blocks`."""
-        numbers, count = weight.numbers[rows], blocks.shape[1]
-        numbers[:, :count] = blocks
-        numbers[:, count:] = 0
+    def blocks(self, weight: GroupedWeight, rows: slice, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """As `put`, for numbers of 4 bits that are in the layout's blocks already: where they belong
+        [n, num_inputs / 2] uint8. Only where `has_blocks`."""
         self._put_scales(weight, rows, scales, zeros)
+        numbers, count = weight.numbers[rows], self.num_inputs // 2
+        numbers[:, count:] = 0
+        return numbers[:, :count]
 
     def _put_scales(self, weight: GroupedWeight, rows: slice, scales: Tensor, zeros: Tensor | None) -> None:
         weight.scales[rows] = self._by_group(scales)

@@ -16,7 +16,7 @@ from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint
 from workers.nn.native import operators
 from workers.nn.native.quantized_panels import QuantizedPanels, pack_int8, quantized_kernels
-from workers.nn.weights.base import Experts, Linear
+from workers.nn.weights.base import Activations, Experts, Linear
 from workers.nn.weights.dense import Dense, MakeLinear
 from workers.nn.weights.processor import has_fbgemm, is_int8_exact
 from workers.nn.weights.shard import ExpertsShard
@@ -132,6 +132,10 @@ class Int8(Dense):
     ) -> Experts:
         """The decoder's kernels are for dense weights."""
         return super().experts(checkpoint, module, shard, None)
+
+    def choose_activations(self, activations: Activations) -> None:
+        """They are in 8 bits always; where they are not to be, the registry takes another layout."""
+        assert activations is not Activations.NONE
 
     def check_device(self, device: torch.device) -> None:
         if device.type != "cpu":

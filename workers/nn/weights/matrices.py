@@ -27,13 +27,13 @@ class StoredMatrix(ABC):
     def numbers(self, rows: slice, columns: slice) -> Tensor:
         """Some outputs' numbers for some inputs [n, m], as `arrange` takes them."""
 
-    def blocks(self, rows: slice, columns: slice, order: Tensor | None) -> Tensor | None:
-        """Numbers of 4 bits as the layout has them [n, m / 2], for whole blocks of inputs: faster than one by
-        one. None where the format has no short way.
+    def put_blocks(self, rows: slice, columns: slice, order: Tensor | None, out: Tensor) -> bool:
+        """Fills out [n, m / 2] with numbers of 4 bits as the layout has them, for whole blocks of inputs:
+        faster than one by one. False where the format has no short way.
 
-        order: [m], which of the inputs stands there; None: as they are.
+        order: [m], on the host: which of the inputs stands there; None: as they are.
         """
-        return None
+        return False
 
     @abstractmethod
     def scales(self, rows: slice) -> Tensor:

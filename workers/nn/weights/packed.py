@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.nn.native.repack import repack_inputs, takes_words
 from workers.nn.weights.grouped import BLOCK, COMMON_ZERO, NumberKind
 
 LOW = 0x0F0F0F0F0F0F0F0F  # of each byte
@@ -13,7 +14,8 @@ KINDS = {4: NumberKind.INT4, 8: NumberKind.INT8}
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """[rows, n · 32 / bits] uint8, of words [rows, n] int32."""
-    octets = words.contiguous().view(torch.uint8)
+    # Flat: of a single column torch calls any order of memory contiguous, but views no such bytes.
+    octets = words.flatten().view(torch.uint8).view(len(words), 4 * words.shape[1])
     if bits == 8:
         return octets
     return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
@@ -31,12 +33,25 @@ def paired(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def blocks_of(words: Tensor) -> Tensor:
     """Numbers of 4 bits in the layout's blocks of 32 inputs, [rows, n · 4] bytes, of words [rows, n] int32
     that have them in order. n: a multiple of 4."""
-    halves = words.contiguous().view(torch.int64).unflatten(1, (-1, 2))
+    if not words.is_contiguous() or words.storage_offset() % 2 or words.stride(0) % 2:
+        words = words.clone(memory_format=torch.contiguous_format)  # so that words of 64 bits begin there
+    halves = words.view(torch.int64).unflatten(1, (-1, 2))
     blocks = torch.empty(len(words), 4 * words.shape[1], dtype=torch.uint8, device=words.device)
     pairs = blocks.view(len(words), -1, 8, 2)
     for place, numbers in enumerate(paired(halves[:, :, 0], halves[:, :, 1])):
         pairs[..., place] = numbers.view(torch.uint8).unflatten(1, (-1, 8))
     return blocks
+
+
+def put_blocks(words: Tensor, order: Tensor | None, out: Tensor) -> None:
+    """Fills out [n, m / 2] with the layout's blocks, of words [n, k] int32, each with eight inputs of an
+    output. order: [m], which of the inputs stands there; None: as they are. m: a multiple of 32."""
+    if takes_words(words, out):
+        repack_inputs(words, order, out)
+    elif order is None:
+        out.copy_(blocks_of(words))
+    else:
+        out.copy_(ordered_blocks(words.t(), order.to(words.device)))
 
 
 def ordered_blocks(words: Tensor, order: Tensor) -> Tensor:

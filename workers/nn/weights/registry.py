@@ -40,21 +40,21 @@ STORED_FORMATS: Mapping[str, ReadFormat] = {
 }
 
 
-def _int8(device: torch.device) -> Format:
-    return Int8() if device.type == "cpu" else GroupedAtLoad(NumberKind.INT8)
+def _int8(has_small_activations: bool) -> Format:
+    return Int8() if has_small_activations else GroupedAtLoad(NumberKind.INT8)
 
 
-def _int4(device: torch.device) -> Format:
-    return Int4() if device.type == "cpu" else GroupedAtLoad(NumberKind.INT4)
+def _int4(has_small_activations: bool) -> Format:
+    return Int4() if has_small_activations else GroupedAtLoad(NumberKind.INT4)
 
 
-def _fp8(device: torch.device) -> Format:
+def _fp8(has_small_activations: bool) -> Format:
     return GroupedAtLoad(NumberKind.FP8)
 
 
-# By the options `--quantization` and `--vit-quantization`: formats that are made from dense weights at load,
-# for a device.
-MADE_FORMATS: Mapping[str, Callable[[torch.device], Format]] = {"int8": _int8, "int4": _int4, "fp8": _fp8}
+# By the options `--quantization` and `--vit-quantization`: formats that are made from dense weights at load.
+# Whether activations may be in 8 bits, which is where a CPU has layouts of its own.
+MADE_FORMATS: Mapping[str, Callable[[bool], Format]] = {"int8": _int8, "int4": _int4, "fp8": _fp8}
 
 
 def choose_formats(
@@ -69,9 +69,11 @@ def choose_formats(
 
     `override`: the option `--quantization` or `--vit-quantization`. `dense`: the format of unquantised
     layers; the export to ONNX gives one that torch can trace, and gets quantised ones dequantised.
-    `activations`: the option `--activation-quantization`. Raises ValueError for a format that is unknown, or
-    does not compute on the device, or not with such activations.
+    `activations`: the option `--activation-quantization`, which dense weights do not heed: the launcher
+    refuses it where nothing is quantised. Raises ValueError for a format that is unknown, or does not compute
+    on the device, or not with such activations.
     """
+    wanted = Activations(activations)
     format = _stored_format(folder, stored)
     if dense is not None and isinstance(format, StoredFormat):
         format.export(dense)
@@ -80,11 +82,10 @@ def choose_formats(
         if format is not None:
             found = f"{str(folder)!r} has {format.name}"
             raise ValueError(f"quantization {override!r} is for dense weights, but {found}")
-        format = MADE_FORMATS[override](device)
-    wanted = Activations(activations)
-    (format or dense).choose_activations(wanted)
+        format = MADE_FORMATS[override](device.type == "cpu" and wanted is not Activations.NONE)
     if format is None:
         return (dense,)
+    format.choose_activations(wanted)
     if wanted is Activations.INT8 and device.type != "cpu":
         raise ValueError(
             f"activation_quantization 'int8' is for the CPU, but this worker computes on {device}"

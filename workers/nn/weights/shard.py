@@ -54,6 +54,14 @@ class ExpertsShard(NamedTuple):
     held: range  # by this rank
     intermediate: Shard  # the part of the intermediate size
 
+    def check_hidden(self, size: int, name: str) -> None:
+        """Raises ValueError where a matrix of an expert has another hidden size than the model."""
+        if size != self.hidden_size:
+            raise ValueError(
+                f"the hidden size of {name!r} is {size} in the checkpoint's file, by its config.json "
+                f"{self.hidden_size}"
+            )
+
     @property
     def gate_up(self) -> Shard:
         """Of the gate and up projections side by side, gate first."""

@@ -12,7 +12,11 @@ from workers.nn.weights.base import Linear
 
 class SideBySide(Linear):
     def __init__(self, parts: Sequence[Linear], bias: Tensor | None = None) -> None:
-        """`bias`: of all outputs, which the parts do not add."""
+        """`bias`: of all outputs, which the parts do not add. Raises ValueError for parts that have other
+        numbers of inputs than the first."""
+        if len(counts := {part.in_features for part in parts}) > 1:
+            found = " and ".join(map(str, sorted(counts)))
+            raise ValueError(f"layers with one input have {found} inputs in the checkpoint's files")
         super().__init__(sum(part.out_features for part in parts), parts[0].in_features)
         self.parts, self._bias = parts, bias
 

@@ -42,6 +42,9 @@ PART_NUMBERS = 1 << 24  # that are unpacked at a time: never a whole output laye
 KEPT = 4  # arrangements: of attention, of its output, and of both projections of an MLP
 # Tensors of a layer that only quantised ones have; of experts in one tensor, behind its name.
 MARKS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_scale_inv", "_scale")
+# Beside a layer's other tensors: factors of weights or of inputs, which other ways of quantising have.
+OTHER_FACTORS = ("pre_quant_scale", "weight_scale_2", "weight_global_scale", "weight_chan_scale")
+SCALES = ("scales", "weight_scale", "weight_scale_inv")
 
 
 class _Piece(NamedTuple):
@@ -111,7 +114,7 @@ class StoredFormat(Format):
         pieces = [
             piece
             for module, shard in zip(modules, shards, strict=True)
-            for piece in _pieces(self.matrix(checkpoint, module), shard)
+            for piece in _pieces(self._known(checkpoint, module), shard)
         ]
         return self._column(checkpoint, pieces, bias)
 
@@ -120,10 +123,10 @@ class StoredFormat(Format):
         name = f"{module}.bias"
         if checkpoint.has(name) and bool(checkpoint.read(name).any()):
             raise ValueError(f"tensor {name!r} is not 0, but the model has no such bias")
-        return self._row(checkpoint, self.matrix(checkpoint, module), shard)
+        return self._row(checkpoint, self._known(checkpoint, module), shard)
 
     def dense(self, checkpoint: Checkpoint, module: str, shard: Shard) -> Tensor:
-        pieces = list(_pieces(self.matrix(checkpoint, module), shard))
+        pieces = list(_pieces(self._known(checkpoint, module), shard))
         return self._read(checkpoint, pieces, WHOLE).dense(checkpoint.dtype)
 
     def experts(
@@ -142,15 +145,37 @@ class StoredFormat(Format):
         is_stacked = checkpoint.has(f"{module}.gate_up_proj")
         is_transposed = is_stacked and are_transposed(checkpoint, module, shard)
         for number in shard.held:
-            if is_stacked:
+            if is_stacked:  # of the sizes that the model has, or `are_transposed` would have refused them
                 gate_up, down = (
                     self.stacked(checkpoint, f"{module}.{name}", number, is_transposed) for name in FUSED
                 )
                 yield list(_pieces(gate_up, shard.gate_up)), down
                 continue
             names = [f"{module}.{number}.{name}_proj" for name in ("gate", "up", "down")]
-            gate, up, down = (self.matrix(checkpoint, name) for name in names)
+            gate, up, down = (self._known(checkpoint, name) for name in names)
+            for matrix, found in ((gate, gate.in_features), (up, up.in_features), (down, down.out_features)):
+                shard.check_hidden(found, matrix.name)
             yield [piece for matrix in (gate, up) for piece in _pieces(matrix, shard.intermediate)], down
+
+    def _known(self, checkpoint: Checkpoint, module: str) -> StoredMatrix:
+        """As `matrix`. Raises ValueError also for what would be another matrix than the format's formula
+        gives."""
+        for name in (f"{module}.{other}" for other in OTHER_FACTORS):
+            if checkpoint.has(name):
+                raise ValueError(
+                    f"tensor {name!r} changes the layer's weights or inputs, in a way that {self.name!r} is "
+                    "not served in"
+                )
+        found = self.matrix(checkpoint, module)
+        for name in (f"{module}.{scale}" for scale in SCALES):
+            if checkpoint.has(name) and not checkpoint.is_plain(name):
+                raise ValueError(
+                    f"tensor {name!r} is of type {checkpoint.type_of(name)}, which is no scale's"
+                )
+        return found
+
+    def tied(self, checkpoint: Checkpoint, name: str, shard: Shard) -> Linear:
+        return self._dense.tied(checkpoint, name, shard)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self._dense.pack(weight, bias)
@@ -178,7 +203,8 @@ class StoredFormat(Format):
         first = pieces[0].matrix
         ranges = [_bounded(part, first.in_features) for part in columns.slices]
         used, groups = torch.unique(torch.cat([first.groups[part] for part in ranges]), return_inverse=True)
-        arrangement, picked = self._arrangement(groups), used.to(checkpoint.device)
+        arrangement = self._arrangement(groups)
+        picked = None if len(used) == int(first.groups.max()) + 1 else used.to(checkpoint.device)
         zeros = [piece.matrix.zeros(piece.rows) for piece in pieces]
         count, has_zeros = (
             sum(piece.num_rows + piece.padding for piece in pieces),
@@ -193,11 +219,14 @@ class StoredFormat(Format):
                 part = slice(start, min(start + step, piece.num_rows))
                 rows = slice(piece.rows.start + part.start, piece.rows.start + part.stop)
                 place = slice(row + part.start, row + part.stop)
-                beside = scales[part][:, picked], None if of_piece is None else of_piece[part][:, picked]
-                blocks = piece.matrix.blocks(rows, ranges[0], arrangement.order) if is_short else None
-                if blocks is not None:
-                    arrangement.put_blocks(weight, place, blocks, *beside)
-                    continue
+                beside = (
+                    _picked(scales[part], picked),
+                    None if of_piece is None else _picked(of_piece[part], picked),
+                )
+                if is_short:
+                    blocks = arrangement.blocks(weight, place, *beside)
+                    if piece.matrix.put_blocks(rows, ranges[0], arrangement.order, blocks):
+                        continue
                 numbers = [piece.matrix.numbers(rows, columns) for columns in ranges]
                 arrangement.put(weight, place, numbers[0] if len(numbers) == 1 else _joined(numbers), *beside)
             row += piece.num_rows + piece.padding
@@ -216,6 +245,11 @@ class StoredFormat(Format):
 def _part_size(in_features: int) -> int:
     """Outputs that are read at a time: whole words of them."""
     return max(8, PART_NUMBERS // in_features // 8 * 8)
+
+
+def _picked(values: Tensor, groups: Tensor | None) -> Tensor:
+    """[n, groups] of [n, num_groups]; None: all."""
+    return values if groups is None else values[:, groups]
 
 
 def _are_blocks(ranges: Sequence[slice]) -> bool:

@@ -12,8 +12,8 @@ from workers.nn.fused import Kernels
 from workers.nn.loader import Checkpoint, StoredRows
 from workers.nn.weights.adapters import AdapterSet
 from workers.nn.weights.base import Experts, Format, Linear
-from workers.nn.weights.dense import load_part, load_side_by_side
 from workers.nn.weights.experts import ListedExperts
+from workers.nn.weights.parts import load_part, load_side_by_side
 from workers.nn.weights.shard import WHOLE, ExpertsShard, Shard
 from workers.nn.weights.side_by_side import SideBySide
 
@@ -22,7 +22,8 @@ class Weights:
     """The tensors under a prefix.
 
     `formats`: the first that holds a layer reads it; the last one holds every layer. `adapters`: what is
-    added to layers, in any format.
+    added to layers, in any format. `width`: of what `column` reads and `row` writes, by the model's settings;
+    0: the file's own counts.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Weights:
         formats: Sequence[Format],
         prefix: str = "",
         adapters: AdapterSet | None = None,
+        width: int = 0,
     ) -> None:
         self._checkpoint, self._formats, self._prefix = checkpoint, formats, prefix
-        self._adapters = adapters
+        self._adapters, self._width = adapters, width
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,7 +47,12 @@ class Weights:
 
     def under(self, prefix: str) -> Weights:
         """The same checkpoint with a longer prefix: `weights.under("model.layers.3")`."""
-        return Weights(self._checkpoint, self._formats, f"{self._prefix}{prefix}.", self._adapters)
+        longer = f"{self._prefix}{prefix}."
+        return Weights(self._checkpoint, self._formats, longer, self._adapters, self._width)
+
+    def of_width(self, width: int) -> Weights:
+        """The same, of a model whose layers have so many inputs, or outputs for `row`. Others are refused."""
+        return Weights(self._checkpoint, self._formats, self._prefix, self._adapters, width)
 
     def expect(self, prefix: str) -> None:
         """Progress counts the tensors under this prefix only."""
@@ -94,13 +101,22 @@ class Weights:
             found = _column(self._checkpoint, *runs[0], bias)
         else:  # stored in several formats, they are computed one by one
             found = SideBySide([_column(self._checkpoint, format, run, None) for format, run in runs], bias)
+        self._check_width(found.in_features, f"the inputs of {pairs[0][0]!r}")
+        if bias is not None and len(bias) != found.out_features:
+            names = " and ".join(name for name, _ in pairs)
+            raise ValueError(f"{names} have {found.out_features} outputs, but a bias of {len(bias)} numbers")
         return self.adapted(found, modules, shards)
 
     def row(self, module: str, shard: Shard) -> Linear:
         """A layer without a bias. Each rank has the inputs of its shard; the ranks' results are summed."""
         name = self._prefix + module
         linear = self._format_of(name).row(self._checkpoint, name, shard)
+        self._check_width(linear.out_features, f"the outputs of {name!r}")
         return linear if self._adapters is None else self._adapters.row(linear, name, shard)
+
+    def _check_width(self, found: int, what: str) -> None:
+        if self._width and found != self._width:
+            raise ValueError(f"{what} are {found} in the checkpoint's file, by its config.json {self._width}")
 
     def adapted(self, linear: Linear, modules: Sequence[str], shards: Sequence[Shard]) -> Linear:
         """A layer of another making, with the adapters of these modules, of each the outputs of its shard."""
@@ -133,6 +149,10 @@ class Weights:
     def linear(self, module: str) -> Linear:
         """A whole layer with its bias."""
         return self.column((module,), (WHOLE,), self.tensor(f"{module}.bias"))
+
+    def tied(self, module: str, name: str, rows: Shard) -> Linear:
+        """A layer whose weight is a dense tensor of another name."""
+        return self._format_of(self._prefix + module).tied(self._checkpoint, self._prefix + name, rows)
 
     def packed(self, module: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A layer of a weight in memory, such as tied embeddings."""

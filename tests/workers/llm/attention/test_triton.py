@@ -28,7 +28,7 @@ pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 1), (12, 2), (14, 2), (8, 1)])
 def test_random_steps(num_heads: int, num_kv_heads: int, seed: int) -> None:
     rng = random.Random(100 * num_heads + seed)
@@ -123,8 +123,9 @@ def test_norm_rotation_and_cache_write_in_one(
     assert bool(cache[untouched].isnan().all())
 
 
-def test_layers_may_have_heads_of_their_own() -> None:
-    """Warmed up, too, and nothing but the spare block is written to."""
+def test_layers_may_have_heads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warmed up, too, for a few numbers of splits, and nothing but the spare block is written to."""
+    monkeypatch.setattr("workers.llm.attention.triton.MAX_SPLITS", 4)
     shapes = [(4, 2, 16), (6, 1, 32), (6, 1, 32)]
     cache = PagedTensors([Paged(kv, dim) for _, kv, dim in shapes], 4, 4, torch.float32, CPU)
     for tensor in cache.tensors:

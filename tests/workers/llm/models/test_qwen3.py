@@ -165,8 +165,15 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]
 
 
 @torch.inference_mode()
-def logits(decoder: Decoder, case: Case, chunk: int, attention: str = "torch", num_others: int = 0) -> Tensor:
-    """Of all tokens of the prompt, computed in chunks. Behind other sequences' decodes in the same steps."""
+def logits(
+    decoder: Decoder,
+    case: Case,
+    chunk: int,
+    attention: str = "torch",
+    num_others: int = 0,
+    num_tokens: int = NUM_TOKENS,
+) -> Tensor:
+    """Of the prompt's first tokens, computed in chunks. Behind other sequences' decodes in the same steps."""
     backend = choose_backend(attention, CPU)
     num_blocks = NUM_TOKENS // BLOCK
     spec = paged_of(decoder.cache_spec())
@@ -174,8 +181,8 @@ def logits(decoder: Decoder, case: Case, chunk: int, attention: str = "torch", n
     for tensor in cache.cache.tensors:
         tensor.zero_()
     found = []
-    for start in range(0, NUM_TOKENS, chunk):
-        stop = min(start + chunk, NUM_TOKENS)
+    for start in range(0, num_tokens, chunk):
+        stop = min(start + chunk, num_tokens)
         x = decoder.embed(torch.tensor([7] * num_others + TOKENS[start:stop]))
         inside = (start <= ROWS) & (stop > ROWS)
         features = None
@@ -221,13 +228,12 @@ def test_features_meet_their_rows_behind_other_sequences(kind: str, make_case: C
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kind", KINDS[:2])
-@pytest.mark.parametrize("chunk", [33, NUM_TOKENS])
+@pytest.mark.parametrize(("kind", "chunk"), [("dense", 24), ("experts", 13)])
 def test_kernels_compute_the_same(kind: str, chunk: int, make_case: Callable[[str], Case]) -> None:
-    """A sum is pending in the stream when features come."""
+    """A sum is pending in the stream when features come. A chunk ends inside an item."""
     case = make_case(kind)
-    found = logits(case.decoder(attention="triton"), case, chunk, "triton", num_others=2)
-    torch.testing.assert_close(found, case.expected, rtol=1e-4, atol=1e-4)
+    found = logits(case.decoder(attention="triton"), case, chunk, "triton", num_others=2, num_tokens=24)
+    torch.testing.assert_close(found, case.expected[:24], rtol=1e-4, atol=1e-4)
 
 
 def test_which_layers_have_experts(make_case: Callable[[str], Case]) -> None:

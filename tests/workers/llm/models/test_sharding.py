@@ -79,6 +79,9 @@ class MetaCheckpoint:
     def check_plain(self, name: str) -> None:
         """All are."""
 
+    def type_of(self, name: str) -> str:
+        return "BF16"
+
     def has_module(self, module: str) -> bool:
         return f"{module}.weight" in self.shapes
 

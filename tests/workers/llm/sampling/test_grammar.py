@@ -11,6 +11,7 @@ import jsonschema
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from pipeline.wire.errors import RequestError
@@ -34,10 +35,14 @@ def start(grammar: Grammar, output: Sequence[int] = (), **fields: object) -> Gra
     return RULE.start(params, TokensSoFar(NOTHING, np.array(output, dtype=np.int32)), compiled(grammar))
 
 
-def allowed(matcher: GrammarMatcher) -> list[int]:
+def allowed_array(matcher: GrammarMatcher) -> NDArray[np.intp]:
     bits = np.unpackbits(matcher.allowed(), bitorder="little")
     assert len(bits) == vocabulary().size
-    return np.flatnonzero(bits).tolist()
+    return np.flatnonzero(bits)
+
+
+def allowed(matcher: GrammarMatcher) -> list[int]:
+    return allowed_array(matcher).tolist()
 
 
 def ids_of(text: str) -> list[int]:
@@ -51,7 +56,7 @@ def draw(matcher: GrammarMatcher, seed: int, most: int = 3000) -> list[int] | No
     while len(output) < most:
         if matcher.is_over:
             return output
-        if (token := int(rng.choice(allowed(matcher)))) in EOS:
+        if (token := int(rng.choice(allowed_array(matcher)))) in EOS:
             return output
         output.append(token)
         matcher.accept([token])

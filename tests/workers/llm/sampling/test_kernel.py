@@ -26,6 +26,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1e-30},
     {"temperature": 2.0, "top_p": 0.9},
 ]  # fmt: skip
+FEW_OPTIONS: list[dict[str, Any]] = [
+    {}, {"temperature": 0}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05},
+    {"temperature": 1.7, "top_k": 90, "top_p": 0.6},
+]  # fmt: skip
 
 
 @triton.jit
@@ -53,11 +57,18 @@ def draw(
     return draw_many(logits, SamplingParams(seed=seed, **options), len(logits), kernel, device)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("vocab", "spread"), [(7, 1.0), (300, 3.0), (5000, 1.0)])
-def test_it_draws_what_the_sampler_draws(options: dict[str, Any], vocab: int, spread: float) -> None:
+@pytest.mark.parametrize(
+    ("vocab", "spread", "options"),
+    [
+        *((300, 3.0, options) for options in OPTIONS),
+        # Fewer tokens than `top_k`, and more than one tile has: all kinds of options once.
+        *((vocab, 1.0, options) for vocab in (7, 5000) for options in OPTIONS if options in FEW_OPTIONS),
+    ],
+    ids=str,
+)
+def test_it_draws_what_the_sampler_draws(vocab: int, spread: float, options: dict[str, Any]) -> None:
     torch.manual_seed(vocab)
-    logits = spread * torch.randn(6 if vocab == 5000 else 12, vocab)
+    logits = spread * torch.randn(4 if vocab == 5000 else 8, vocab)
     drawn, expected = draw(logits, options, sample), draw(logits, options, None)
     assert drawn == expected
 

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from workers.llm.parallel import TensorParallel, share_experts
-from workers.nn.weights.at_load import quantized
+from workers.nn.native.grouped_rows import grouped_versions
+from workers.nn.weights.at_load import GroupedAtLoad, quantized
+from workers.nn.weights.base import Activations
 from workers.nn.weights.experts import ListedExperts
 from workers.nn.weights.grouped import GroupedLinear, NumberKind
 from workers.nn.weights.registry import open_weights
@@ -54,3 +56,34 @@ def test_parts_of_ranks_and_experts(name: str, bound: float, tmp_path: Path) -> 
     assert weights.column(("up",), (WHOLE,)).out_features == 64
     experts = weights.experts("experts", share_experts(2, 96, 32, TensorParallel()), None)
     assert isinstance(experts, ListedExperts)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_activations_are_those_that_the_option_says(name: str, tmp_path: Path) -> None:
+    """On a CPU both formats have layouts of its own, for activations in 8 bits; exact ones take another."""
+    save_file({"up.weight": torch.randn(64, 128)}, tmp_path / "m.safetensors")
+    x = torch.randn(3, 128)
+    found = {}
+    for activations in ("auto", "int8", "none"):
+        weights = open_weights(tmp_path, torch.float32, CPU, name, activations=activations)
+        linear = weights.column(("up",), (WHOLE,))
+        assert isinstance(linear, GroupedLinear) == (activations == "none")
+        found[activations] = linear(x)
+        if isinstance(linear, GroupedLinear):
+            exact = x @ linear.weight.dense(torch.float32).t()
+            torch.testing.assert_close(found["none"], exact, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found["auto"], found["int8"])
+
+
+def test_a_layout_of_all_devices_follows_the_option(tmp_path: Path) -> None:
+    weight, x = torch.randn(64, 128), torch.randn(3, 128)
+    exact, rounded = GroupedAtLoad(NumberKind.INT8), GroupedAtLoad(NumberKind.INT8)
+    if grouped_versions():
+        rounded.choose_activations(Activations.INT8)
+    of_both = [format.pack(weight, None)(x) for format in (exact, rounded)]
+    assert torch.equal(*of_both) != bool(grouped_versions())
+    torch.testing.assert_close(*of_both, rtol=0, atol=0.5)
+    with pytest.raises(
+        ValueError, match="'int8' is for weights that are whole numbers, not for those in FP8"
+    ):
+        GroupedAtLoad(NumberKind.FP8).choose_activations(Activations.INT8)

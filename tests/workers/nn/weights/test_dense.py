@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
 
-from workers.nn.weights.dense import HalfLinear, OneDnnLinear, TorchLinear, is_half_exact, make_linear
+from workers.nn.loader import Checkpoint
+from workers.nn.native import half_rows
+from workers.nn.weights.dense import (
+    Dense,
+    HalfLinear,
+    OneDnnLinear,
+    SixteenBitLinear,
+    TorchLinear,
+    is_half_exact,
+    make_linear,
+)
 from workers.nn.weights.processor import can_pack, has_fbgemm, is_x86
+from workers.nn.weights.shard import WHOLE, Shard
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -47,6 +62,79 @@ def test_weights_of_16_bits_stay_in_16_bits_and_the_arithmetic_in_32(
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+@pytest.mark.skipif(not half_rows.has_kernel(), reason="no kernel for this processor")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 3), (5, 8), (70, 1600), (13, 3101)])
+def test_a_weight_of_16_bits_as_its_file_has_it(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """For all rows at once and one by one; inputs that are no multiple of a vector, and more than are taken
+    at a time."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs)
+    linear, plain = SixteenBitLinear(weight, bias), SixteenBitLinear(weight)
+    for rows in (0, 1, 2, 3, 4, 9):
+        x, residual = torch.randn(rows, inputs), torch.randn(rows, outputs)
+        product = x.double() @ weight.double().t()
+        for found, expected in (
+            (linear(x), product + bias),
+            (plain(x), product),
+            (linear.add_to(residual, x), product + bias + residual),
+            (plain.add_to(residual, x), product + residual),
+        ):
+            torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(linear(torch.ones(2, 3, inputs)), linear(torch.ones(6, inputs)).view(2, 3, outputs))
+    assert plain(torch.full((1, inputs), float("nan"))).isnan().all()
+
+
+def dense_folder(folder: Path, *types: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.weight": torch.randn(12, 24, generator=generator).to(dtype)
+        for name, dtype in zip("ab", types, strict=True)
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+@pytest.mark.skipif(not half_rows.has_kernel(), reason="no kernel for this processor")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_of_a_file_stay_in_its_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = dense_folder(tmp_path, dtype, dtype)
+    checkpoint, format = Checkpoint(tmp_path, torch.float32, torch.device("cpu")), Dense()
+    a, b = tensors["a.weight"], tensors["b.weight"]
+    x, bias = torch.randn(3, 24), torch.randn(10)
+    parts = Shard((slice(1, 3), slice(5, 8)), padding=2), Shard.of_range(9, 12)
+    for found, expected in (
+        (format.column(checkpoint, ["a", "b"], parts, bias),
+         F.linear(x, torch.cat((a[1:3], a[5:8], torch.zeros(2, 24), b[9:])), bias)),
+        (format.column(checkpoint, ["b"], [WHOLE], None), x @ b.t()),
+        (format.tied(checkpoint, "a.weight", Shard.of_range(4, 12, 3)), F.pad(x @ a[4:].t(), (0, 3))),
+    ):  # fmt: skip
+        assert isinstance(found, SixteenBitLinear)
+        assert found.weight.dtype is dtype
+        torch.testing.assert_close(found(x), expected, atol=1e-4, rtol=1e-4)
+    columns = Shard((slice(16, 24), slice(3, 5)), padding=1)
+    row = format.row(checkpoint, "a", columns)
+    assert isinstance(row, SixteenBitLinear)
+    inputs = [*range(16, 24), 3, 4]
+    torch.testing.assert_close(row(x[:, :11]), x[:, :10] @ a[:, inputs].t(), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"axis 1 of 'a.weight' are 24 .* by its config.json 48"):
+        format.row(checkpoint, "a", Shard.split(48, 0, 2))
+
+
+def test_layers_that_are_packed_nevertheless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two types, of an export, in bfloat16; and all without the kernel."""
+    dense_folder(tmp_path, torch.float16, torch.bfloat16)
+    wide, narrow = (
+        Checkpoint(tmp_path, dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)
+    )
+    shards = [WHOLE, WHOLE]
+    assert not isinstance(Dense().column(wide, ["a", "b"], shards, None), SixteenBitLinear)
+    assert type(Dense(TorchLinear).column(wide, ["a"], [WHOLE], None)) is TorchLinear
+    assert not isinstance(Dense().row(narrow, "a", WHOLE), SixteenBitLinear)
+    monkeypatch.setattr(half_rows, "has_kernel", lambda: False)
+    assert not isinstance(Dense().tied(wide, "a.weight", WHOLE), SixteenBitLinear)
 
 
 def test_which_kind_a_weight_gets() -> None:
