@@ -86,7 +86,7 @@ def test_ray_places_nodes_and_places_them_again() -> None:
             "--master-port", str(free_port(2)), *QUICK,
         )  # fmt: skip
         with Driver(*options, environment={"RAY_ADDRESS": address}) as driver:
-            wait_until_all_serve(driver, 2)
+            wait_until_all_serve(driver.url, 2)
             (of_head, _), (of_other, actor) = driver.placed(0), driver.placed(1)
             assert {of_head, of_other} == nodes, "each on its own"
             said = ask(driver, 3)

@@ -88,12 +88,12 @@ def test_what_a_collector_does_not_take_in_time_is_dropped_and_counted_and_delay
         spans = OtlpSpans(collector.url, "llm.0")
         send = spans._processor.span_exporter.export
         monkeypatch.setattr(
-            spans._processor.span_exporter, "export", lambda batch: is_open.wait(20) and send(batch)
+            spans._processor.span_exporter, "export", lambda batch: is_open.wait(60) and send(batch)
         )
         began = time.monotonic()
         for _ in range(MAX_WAITING + 700):
             spans.send("decode", TRACE, 0.0, 1.0, {})
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 50, "a span waited for the collector"
         assert spans.num_dropped == 700
         is_open.set()
         spans.flush()

@@ -166,7 +166,7 @@ def test_nothing_is_left_open() -> None:
         pools.close("vit.0")
         pool.close()
     gc.collect()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # what other tests left open may end meanwhile
     with open("/proc/self/maps") as maps:
         assert "vit.0" not in maps.read()
 
