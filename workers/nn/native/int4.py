@@ -58,11 +58,12 @@ def pack_with_torch(weight: Tensor, numbers: Tensor, sums: Tensor, scales: Tenso
         weight.split(PART), numbers.split(PART // OUTPUTS), sums.split(PART), scales.split(PART), strict=True
     )
     for part, panels, of_part, scale in parts:
-        quantized = quantize_int4(F.pad(part.float(), (0, -part.shape[1] % BLOCK)))
+        quantized = quantize_int4(F.pad(part.float(), (0, -part.shape[1] % GROUP)))
         scale.copy_(quantized.scales)
         of_part.copy_(quantized.whole().flatten(1).sum(dim=1))
         steps = (quantized.sizes - 1 + 16 * quantized.zeros).to(torch.uint8)
-        groups, behind = panels.shape[1], (0, 0, 0, 0, 0, -len(part) % OUTPUTS)
+        groups = panels.shape[1]
+        behind = (0, 0, 0, groups - quantized.q.shape[1], 0, -len(part) % OUTPUTS)
         panels[..., :OUTPUTS] = F.pad(steps, behind).view(-1, OUTPUTS, groups).transpose(1, 2)
         # Two outputs in a byte are 16 apart.
         q = F.pad(quantized.q.to(torch.uint8), behind).view(-1, OUTPUTS // 32, 2, 16, groups, GROUP // 4, 4)
