@@ -1,6 +1,9 @@
 """The native kernels for CPUs. Without GCC 10 or later the package is complete without them: torch's
 operators take their place."""
 
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,6 +26,7 @@ SOURCES = (
     "avx512_int4",
     "amx_bf16",
     "amx_int8",
+    "amx_grouped",
 )
 kernels = Extension(
     "workers.nn.native._kernels",
@@ -38,6 +42,7 @@ kernels = Extension(
             "delta_net.inc",
             "half_products.inc",
             "grouped.inc",
+            "grouped_weight.inc",
             "grouped_lanes.inc",
             "grouped_products.inc",
             "kernels.h",
@@ -62,12 +67,29 @@ kernels = Extension(
 
 
 class BuildKernels(build_ext):
-    """AMX needs GCC 11: an older compiler builds the rest."""
+    """Compiles as many files at once as there are cores, and nothing where what is built is the newest:
+    each `pip install` would build all anew."""
 
     def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        built = FOLDER / target.name
+        needed = map(os.path.getmtime, [*extension.sources, *extension.depends, __file__])
+        if not self.force and built.exists() and built.stat().st_mtime > max(needed):
+            if not (target.exists() and target.samefile(built)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(built, target)
+            return
+        compile_files = self.compiler.compile
+
+        def compile_side_by_side(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_files([source], **options), sources)
+                return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_side_by_side
         try:
             super().build_extension(extension)
-        except CCompilerError:
+        except CCompilerError:  # AMX needs GCC 11: an older compiler builds the rest
             extension.sources = [path for path in extension.sources if "amx" not in path]
             extension.define_macros.append(("NO_AMX", "1"))
             self.force = True  # sources that were compiled for the whole

@@ -25,7 +25,7 @@ from torch import Tensor
 from tools.memory_rate import memory_rate
 from tools.random_checkpoint import SHAPES
 from workers.nn.loader import choose_dtype
-from workers.nn.native.grouped_rows import grouped_versions, multiply
+from workers.nn.native.grouped_rows import TILES, grouped_versions, multiply
 from workers.nn.native.int4 import GROUP
 from workers.nn.native.quantized_panels import BLOCK, OUTPUTS, make_panels
 from workers.nn.weights.base import Activations
@@ -107,10 +107,10 @@ def grouped_subjects(kind: NumberKind, matrices: Sequence[Matrix], group: int) -
     parts = (of_weight.numbers, of_weight.scales, of_weight.zeros)
     num_bytes = sum(part.numel() * part.itemsize for part in parts if part is not None)
     bits = 8 * num_bytes / (matrices[0].out_features * matrices[0].in_features)
-    kernel = grouped_versions()[-1]
+    *_, kernel = (name for name in grouped_versions() if name != TILES)
 
-    def by_kernel(is_quantized: bool) -> Callable[[GroupedWeight], Multiply]:
-        return lambda weight: lambda x: multiply(kernel, weight, x, None, None, is_quantized)
+    def by_kernel(is_quantized: bool, name: str = kernel) -> Callable[[GroupedWeight], Multiply]:
+        return lambda weight: lambda x: multiply(name, weight, x, None, None, is_quantized)
 
     def widened(weight: GroupedWeight) -> Multiply:
         return CpuProduct(weight, Activations.NONE).multiply_dense
@@ -118,6 +118,8 @@ def grouped_subjects(kind: NumberKind, matrices: Sequence[Matrix], group: int) -
     ways: dict[str, tuple[Callable[[GroupedWeight], Multiply], int]] = {f"{kind}": (by_kernel(False), 1)}
     if kind is not NumberKind.FP8:
         ways[f"{kind}, x in 8 bits"] = by_kernel(True), 1
+    if TILES in grouped_versions():
+        ways[f"{kind}, tiles"] = by_kernel(False, TILES), 1
     ways[f"{kind}, widened"] = widened, 4
     return {
         name: Subject([[make(weight) for weight in layer] for layer in weights], least, bits)

@@ -140,7 +140,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     python = sys.executable
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--servers", nargs="+", default=[], help="names; all that are found unless given")
-    parser.add_argument("--quantizations", nargs="*", default=["int8"], help="ours again with each")
+    parser.add_argument(
+        "--quantizations",
+        nargs="*",
+        default=["int8"],
+        help="ours again with each: int8 and int4 at load, or awq and such in the files",
+    )
     parser.add_argument("--vllm", metavar="PYTHON", default=python, help="that has vLLM's build for CPUs")
     parser.add_argument("--openvino", metavar="PYTHON", default=python, help="with optimum-cli beside it")
     parser.add_argument("--transformers", metavar="PYTHON", default=python, help="that has its extra serving")

@@ -18,9 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.random_checkpoint.quantized import RECIPES
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 Json = dict[str, Any]
+# In a process of its own: its memory is gone before a server is measured.
+QUANTIZE = """\
+import sys
+from pathlib import Path
+from tools.random_checkpoint.quantized import quantize_checkpoint
+
+quantize_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
 
 
 class Limits(NamedTuple):
@@ -73,13 +83,16 @@ class Peer(ABC):
 
 
 class Ours(Peer):
+    """`quantization`: at load (`--quantization`), or a format that `tools.random_checkpoint` writes."""
+
     folder = ROOT
 
     def __init__(self, quantization: str = "none", options: Sequence[str] = ()) -> None:
         self.is_quantized = quantization != "none"
         self.key = f"ours-{quantization}" if self.is_quantized else "ours"
         self.name = f"ours, {quantization}" if self.is_quantized else "ours"
-        self._quantization, self._options = quantization, options
+        self._format = quantization if quantization in RECIPES else None
+        self._at_load, self._options = "none" if self._format else quantization, options
 
     def missing(self) -> str:
         return ""
@@ -89,13 +102,22 @@ class Ours(Peer):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
+    def prepare(self, checkpoint: Path, folder: Path) -> Path:
+        if self._format is None:
+            return checkpoint
+        out = folder / f"{checkpoint.name}-{self._format}"
+        make(
+            out, lambda part: [sys.executable, "-c", QUANTIZE, str(checkpoint), str(part), str(self._format)]
+        )
+        return out
+
     def command(self, model: Path, port: int, limits: Limits) -> list[str]:
         return [
             sys.executable, "-m", "launcher", "--model", str(model), "--port", str(port),
             "--dtype", "bfloat16", "--max-num-seqs", str(limits.max_num_seqs),
             "--max-model-len", str(limits.max_model_len),
             "--kv-cache-gib", f"{limits.kv_bytes / 2**30:.6f}", "--no-prefix-caching",
-            "--quantization", self._quantization, "--log-level", "warning", *self._options,
+            "--quantization", self._at_load, "--log-level", "warning", *self._options,
         ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from tools.peers.adapters import (
     Vllm,
     make,
 )
+from tools.random_checkpoint import make_checkpoint
 
 LIMITS = Limits(num_cores=4, kv_bytes_per_token=1024)
 MODEL = Path("/models/small")
@@ -61,11 +62,21 @@ def test_our_launcher_takes_our_options() -> None:
     assert config.api.port == 8001
 
 
+def test_a_format_of_files_is_made_of_the_checkpoint(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "tiny", "tiny")
+    peer = Ours("awq")
+    model = peer.prepare(tmp_path / "tiny", tmp_path)
+    assert json.loads((model / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    assert parse(peer.command(model, 8001, LIMITS)[3:]).llm.quantization == "none"
+    assert Ours("int8").prepare(tmp_path / "tiny", tmp_path) == tmp_path / "tiny"
+
+
 @pytest.mark.parametrize(
     ("peer", "key", "is_quantized"),
     [
         (Ours(), "ours", False),
         (Ours("int8"), "ours-int8", True),
+        (Ours("awq"), "ours-awq", True),
         (LlamaCpp("llama-server", None, "python"), "llama-bf16", False),
         (LlamaCpp("llama-server", None, "python", "f16"), "llama-f16", False),
         (LlamaCpp("llama-server", None, "python", "q4_k_m"), "llama-q4_k_m", True),

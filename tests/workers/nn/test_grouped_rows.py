@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.workers.nn.test_grouped import GROUPS, random_weight
 from workers.nn.native import operators
-from workers.nn.native.grouped_rows import grouped_versions, multiply, widen
+from workers.nn.native.grouped_rows import TILES, grouped_versions, multiply, widen
 from workers.nn.weights import grouped_cpu
 from workers.nn.weights.base import Activations
 from workers.nn.weights.grouped import GroupedLinear, GroupedWeight, NumberKind, choose_product
@@ -32,7 +32,7 @@ LOOSE_HALF = 2e-3
 @pytest.fixture(
     params=[
         pytest.param(name, marks=pytest.mark.skipif(name not in grouped_versions(), reason=f"has no {name}"))
-        for name in ("avx2", "vnni")
+        for name in ("avx2", "vnni", "amx")
     ]
 )
 def kernel(request: pytest.FixtureRequest) -> str:
@@ -54,6 +54,13 @@ def whole_rows(rows: int, columns: int) -> Tensor:
     return x * 2.0 ** (torch.arange(rows)[:, None] % 5 - 3)
 
 
+def types_of(kernel: str, is_quantized: bool) -> list[torch.dtype]:
+    """Of x, that the kernel multiplies."""
+    if kernel != TILES:
+        return list(LOOSE)
+    return [] if is_quantized else [torch.bfloat16]
+
+
 def assert_near(found: Tensor, expected: Tensor) -> None:
     error = float((found.double() - expected).abs().max() / expected.abs().max())
     assert error < LOOSE.get(found.dtype, LOOSE_HALF), error
@@ -63,15 +70,15 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 @EVERY_KIND
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
 def test_products(kernel: str, groups: Tensor, kind: NumberKind, has_zeros: bool, is_quantized: bool) -> None:
-    if is_quantized and kind is FP8:
+    if is_quantized and (kind is FP8 or kernel == TILES):
         pytest.skip("refused")
     out = 71
     weight = weight_of(kind, has_zeros, groups, out)
     dense = weight.widened(slice(None), torch.float32).double()
-    rows = whole_rows(20, len(groups)) if is_quantized else torch.randn(20, len(groups))
-    for dtype in LOOSE:
+    rows = whole_rows(70, len(groups)) if is_quantized else torch.randn(70, len(groups))
+    for dtype in types_of(kernel, is_quantized):
         all_rows = rows.to(dtype)  # whole numbers of 8 bits have room in bfloat16
-        for count in (1, 2, 3, 4, 7, 20):
+        for count in (1, 2, 3, 4, 7, 20, 33, 70):
             x = all_rows[:count]
             bias, residual = 100 * torch.randn(out).to(dtype), 100 * torch.randn(count, out).to(dtype)
             plain = F.linear(weight.ordered(x).double(), dense)
@@ -87,7 +94,8 @@ def test_any_number_of_outputs(kernel: str, out: int) -> None:
     x = whole_rows(3, 384)
     plain = F.linear(x, weight.widened(slice(None), torch.float32)).double()
     for is_quantized in (False, True):
-        assert_near(multiply(kernel, weight, x, None, None, is_quantized), plain)
+        for dtype in types_of(kernel, is_quantized):
+            assert_near(multiply(kernel, weight, x.to(dtype), None, None, is_quantized), plain)
 
 
 @EVERY_KIND
@@ -106,7 +114,8 @@ def test_widened_weights_are_those_of_torch(
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_what_is_no_number_stays_in_its_row(kernel: str, is_quantized: bool) -> None:
     weight = weight_of(INT4, True, GROUPS["128"], 10)
-    x = whole_rows(5, 384)
+    dtype, *_ = types_of(kernel, is_quantized) or pytest.skip("refused")
+    x = whole_rows(5, 384).to(dtype)
     plain = multiply(kernel, weight, x, None, None, is_quantized)
     x[1, 37], x[3] = float("nan"), 0
     found = multiply(kernel, weight, x, None, None, is_quantized)
@@ -118,7 +127,8 @@ def test_what_is_no_number_stays_in_its_row(kernel: str, is_quantized: bool) -> 
 def test_a_weight_that_is_no_number_makes_an_output_that_is_none(kernel: str) -> None:
     weight = weight_of(FP8, False, GROUPS["128"], 10)
     weight.numbers.view(torch.uint8)[2, 7], weight.numbers.view(torch.uint8)[9, 383] = 0x7F, 0xFF
-    found, dense = multiply(kernel, weight, torch.zeros(2, 384), None, None, False), torch.empty(10, 384)
+    x, dense = torch.zeros(2, 384, dtype=types_of(kernel, False)[0]), torch.empty(10, 384)
+    found = multiply(kernel, weight, x, None, None, False)
     widen(kernel, weight, slice(0, 10), dense)
     broken = torch.tensor([2, 9])
     for result in (found.t(), dense):
@@ -128,11 +138,20 @@ def test_a_weight_that_is_no_number_makes_an_output_that_is_none(kernel: str) ->
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_rows_that_do_not_lie_side_by_side_and_none(kernel: str, is_quantized: bool) -> None:
     weight = weight_of(INT4, True, GROUPS["64"], 70)
-    wide, residual = torch.randn(4, 384), torch.randn(70, 4).t()
+    dtype, *_ = types_of(kernel, is_quantized) or pytest.skip("refused")
+    wide, residual = torch.randn(4, 384, dtype=dtype), torch.randn(70, 4, dtype=dtype).t()
     found = multiply(kernel, weight, wide[:, ::2], None, residual, is_quantized)
     expected = multiply(kernel, weight, wide[:, ::2].contiguous(), None, residual.contiguous(), is_quantized)
     assert torch.equal(found, expected)
-    assert multiply(kernel, weight, torch.ones(0, 192), None, None, is_quantized).shape == (0, 70)
+    assert multiply(kernel, weight, wide[:0, ::2], None, None, is_quantized).shape == (0, 70)
+
+
+@pytest.mark.skipif(TILES not in grouped_versions(), reason="has no tiles")
+def test_tiles_take_bfloat16_only() -> None:
+    weight, x = weight_of(INT4, True, GROUPS["128"], 10), torch.randn(20, 384)
+    for given, is_quantized in ((x, False), (x.bfloat16(), True)):
+        with pytest.raises(ValueError, match="AMX multiplies x in bfloat16"):
+            multiply(TILES, weight, given, None, None, is_quantized)
 
 
 @pytest.mark.skipif(not grouped_versions(), reason="no kernel for this processor")

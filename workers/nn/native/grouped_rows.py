@@ -1,8 +1,9 @@
 """Rows times a quantised weight in the layout of `workers/nn/weights/grouped.py`, which is read as it is.
 
 A few rows read it at the memory's rate, in two ways: with x in float32 and exact weights, or with x quantised
-to 8 bits, which takes fewer instructions. Many rows are multiplied by parts of the weight that `widen` has
-made dense. For AVX2 and AVX512-VNNI.
+to 8 bits, which takes fewer instructions. For AVX2 and AVX512-VNNI. AMX multiplies many rows, in bfloat16,
+with parts of the weight that it makes dense meanwhile. Where there is no AMX, `widen` makes parts of the
+weight dense for torch's product.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from workers.nn.native import operators
 from workers.nn.weights.grouped import GroupedWeight, NumberKind
 
 KINDS = {NumberKind.INT4: 0, NumberKind.INT8: 1, NumberKind.FP8: 2}  # grouped.inc has the same
-MOST = 4  # rows at a time; kernels.h has the same sizes
+TILES = "amx"  # the kernel for x in bfloat16
 LINE = 64  # bytes
 
 
 def grouped_versions() -> tuple[str, ...]:
-    """Of this processor, the slowest first: `avx2`, `vnni`."""
+    """Of this processor: `avx2`, `vnni`, `amx`; the last one is the fastest for many rows."""
     return () if operators.kernels is None else tuple(operators.kernels.grouped_versions())
 
 
@@ -33,19 +34,22 @@ def multiply(
 ) -> Tensor:
     """x [rows, in_features] · Wᵀ + bias + residual: [rows, out], all in the type of x: float32 or bfloat16.
 
-    is_quantized: each row in 8 bits, with a scale of its own; not for weights in FP8. Raises ValueError for x
-    of another width than the weight: the kernels would read beyond it.
+    is_quantized: each row in 8 bits, with a scale of its own; not for weights in FP8, nor by `amx`, which
+    takes only bfloat16, and rounds weights to it. Raises ValueError for those, and for x of another width
+    than the weight, beyond which the kernels would read.
     """
+    if kernel == TILES and (is_quantized or x.dtype is not torch.bfloat16):
+        raise ValueError("AMX multiplies x in bfloat16")
     if x.shape[1] != weight.in_features:
         raise ValueError(f"x has {x.shape[1]} columns, a quantised weight {weight.in_features} inputs")
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     out = x.new_empty((len(x), weight.out_features))
     if not len(x):
         return out
-    padded, groups = -(-weight.num_inputs // 128) * 128, weight.scales.shape[1]
-    of_row = LINE + (-(-groups // 16) * LINE + padded if is_quantized else 6 * padded)
-    padded_rows = -(-len(x) // MOST) * MOST
-    scratch = torch.empty(2 * LINE + padded // 8 + padded_rows * of_row, dtype=torch.uint8)
+    size = operators.kernels.grouped_scratch(
+        kernel, len(x), weight.num_inputs, weight.group_size, int(is_quantized)
+    )
+    scratch = torch.empty(LINE + size, dtype=torch.uint8)
     place = scratch.data_ptr() + -scratch.data_ptr() % LINE
     order = 0 if weight.order is None else weight.order.data_ptr()
     operators.kernels.grouped_rows(

@@ -53,14 +53,7 @@ struct GroupedRows {
     char* scratch; long rows, in_features, num_inputs, out_features, kind, group_size; bool is_quantized, is_half;
 };
 static inline long grouped_inputs(const GroupedRows& job) { return (job.num_inputs + 127) / 128 * 128; }
-// `scratch` begins with grouped_inputs / 8 bytes, padded to 64, and has these for each row, padded to a multiple of four.
-static inline long grouped_sums_bytes(const GroupedRows& job) {  // of each group, or of the lanes of each 32 inputs
-    const long groups = (job.num_inputs + job.group_size - 1) / job.group_size;
-    return job.is_quantized ? (groups + 15) / 16 * 64 : grouped_inputs(job) / 32 * 64;
-}
-static inline long grouped_row_bytes(const GroupedRows& job) {
-    return 64 + grouped_sums_bytes(job) + grouped_inputs(job) * (job.is_quantized ? 1 : 4);
-}
+static inline long grouped_groups(const GroupedRows& job) { return (job.num_inputs + job.group_size - 1) / job.group_size; }
 
 // Rows in float times a weight of 16 bits [out_features, in_features], plus bias and residual, which may be null.
 struct HalfRows {
@@ -133,8 +126,8 @@ namespace avx512 { Kernels table(bool is_half); }
 namespace avx2_half { void rows(const HalfRows&); }
 namespace avx2_quantized { void rows(const QuantizedRows&); }
 namespace avx512_vnni { void rows(const QuantizedRows&); }
-namespace avx2_grouped { void rows(const GroupedRows&); void widen(const GroupedRows&); }
-namespace avx512_grouped { void rows(const GroupedRows&); void widen(const GroupedRows&); }
+namespace avx2_grouped { long scratch(const GroupedRows&); void rows(const GroupedRows&); void widen(const GroupedRows&); }
+namespace avx512_grouped { long scratch(const GroupedRows&); void rows(const GroupedRows&); void widen(const GroupedRows&); }
 namespace avx512_int4 { void quantize(const Int4Weight&); }
 namespace avx512_bf16 {
 void few_rows(const FewRows&);
@@ -145,6 +138,7 @@ void delta_net_half(const DeltaNet&);
 #if !defined(NO_AMX)
 #define HAS_AMX
 namespace amx_int8 { bool is_supported(); void rows(const QuantizedRows&); }
+namespace amx_grouped { long scratch(const GroupedRows&); void rows(const GroupedRows&); }
 namespace amx_bf16 {
 void attend_rows(const RowsAttend&);
 long attend_rows_scratch(long head_dim);

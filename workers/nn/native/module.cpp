@@ -203,9 +203,26 @@ PyObject* quantized_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return run(found->rows, job);
 }
 
+// Tiles are a state that a process asks Linux for.
+bool has_amx() {
+#if defined(HAS_AMX)
+    constexpr long ASK_FOR_STATE = 0x1023, TILES = 18;
+    static const bool has = [] {
+        unsigned a, b, c, d;
+        if (!has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+        const bool has_tiles = d >> 22 & 1 && d >> 24 & 1;  // AMX-BF16, AMX-TILE
+        return has_tiles && syscall(SYS_arch_prctl, ASK_FOR_STATE, TILES) == 0;
+    }();
+    return has;
+#else
+    return false;
+#endif
+}
+
 struct GroupedVersion {
     const char* name;
     bool (*is_supported)();
+    long (*scratch)(const GroupedRows&);  // bytes
     void (*rows)(const GroupedRows&);
     void (*widen)(const GroupedRows&);
 };
@@ -218,21 +235,30 @@ bool has_half_floats() {  // F16C: compilers before GCC 11 cannot be asked
 #endif
 const GroupedVersion GROUPED_VERSIONS[] = {
 #if defined(__x86_64__)
-    {"avx2", has_half_floats, avx2_grouped::rows, avx2_grouped::widen},
-    {"vnni", has_vnni, avx512_grouped::rows, avx512_grouped::widen},
+    {"avx2", has_half_floats, avx2_grouped::scratch, avx2_grouped::rows, avx2_grouped::widen},
+    {"vnni", has_vnni, avx512_grouped::scratch, avx512_grouped::rows, avx512_grouped::widen},
 #endif
-    {"none", none, nullptr, nullptr},
+#if defined(HAS_AMX)
+    {"amx", [] { return has_int8_tiles() && has_amx(); }, amx_grouped::scratch, amx_grouped::rows, avx512_grouped::widen},
+#endif
+    {"none", none, nullptr, nullptr, nullptr},
 };
+
+// Null, and an error, where this processor has none of this name.
+const GroupedVersion* grouped_version(PyObject* given) {
+    const char* name = PyUnicode_AsUTF8AndSize(given, nullptr);
+    if (!name) return nullptr;
+    for (const GroupedVersion& version : GROUPED_VERSIONS)
+        if (!std::strcmp(name, version.name) && version.is_supported()) return &version;
+    PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
+    return nullptr;
+}
 
 // The name of a version, then all of a job.
 PyObject* grouped(void (*GroupedVersion::*kernel)(const GroupedRows&), PyObject* const* values, Py_ssize_t count) {
     if (!has_count(count, 18)) return nullptr;
-    const char* name = PyUnicode_AsUTF8AndSize(*values++, nullptr);
-    if (!name) return nullptr;
-    const GroupedVersion* found = nullptr;
-    for (const GroupedVersion& version : GROUPED_VERSIONS)
-        if (!std::strcmp(name, version.name) && version.is_supported()) found = &version;
-    if (!found) return PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
+    const GroupedVersion* found = grouped_version(*values++);
+    if (!found) return nullptr;
     Arguments a{values};
     GroupedRows job{a.address(), a.address(), a.address(), (const float*)a.address(), (const unsigned char*)a.address(), a.address(),
                     a.address(), (const long*)a.address(), (char*)a.address(), a.number(), a.number(), a.number(), a.number(),
@@ -240,6 +266,16 @@ PyObject* grouped(void (*GroupedVersion::*kernel)(const GroupedRows&), PyObject*
     if (!PyErr_Occurred() && (job.kind < 0 || job.kind > 2 || (job.kind == 2 && job.is_quantized)))
         PyErr_SetString(PyExc_ValueError, "no kernel for this weight");
     return run(found->*kernel, job);
+}
+
+PyObject* grouped_scratch(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!has_count(count, 5)) return nullptr;
+    const GroupedVersion* found = grouped_version(*values++);
+    if (!found) return nullptr;
+    Arguments a{values};
+    GroupedRows job{};
+    job.rows = a.number(), job.num_inputs = a.number(), job.group_size = a.number(), job.is_quantized = a.number() != 0;
+    return PyErr_Occurred() ? nullptr : PyLong_FromLong(found->scratch(job));
 }
 
 PyObject* grouped_rows(PyObject*, PyObject* const* values, Py_ssize_t count) { return grouped(&GroupedVersion::rows, values, count); }
@@ -283,22 +319,6 @@ PyObject* quantize_int4(PyObject*, PyObject* const* values, Py_ssize_t count) {
 #else
     PyErr_SetString(PyExc_NotImplementedError, "no kernel for this processor");
     return nullptr;
-#endif
-}
-
-// Tiles are a state that a process asks Linux for.
-bool has_amx() {
-#if defined(HAS_AMX)
-    constexpr long ASK_FOR_STATE = 0x1023, TILES = 18;
-    static const bool has = [] {
-        unsigned a, b, c, d;
-        if (!has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-        const bool has_tiles = d >> 22 & 1 && d >> 24 & 1;  // AMX-BF16, AMX-TILE
-        return has_tiles && syscall(SYS_arch_prctl, ASK_FOR_STATE, TILES) == 0;
-    }();
-    return has;
-#else
-    return false;
 #endif
 }
 
@@ -409,7 +429,7 @@ PyObject* use(PyObject*, PyObject* name) {
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 PyMethodDef METHODS[] = {
-    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(read_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(grouped_rows), FAST(widen_grouped), FAST(repack), FAST(half_rows), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
+    FAST(rms_norm), FAST(silu_mul), FAST(quick_gelu), FAST(gelu_tanh), FAST(write_cache), FAST(read_cache), FAST(split_rotated), FAST(attend), FAST(delta_step), FAST(few_rows), FAST(quantized_rows), FAST(grouped_scratch), FAST(grouped_rows), FAST(widen_grouped), FAST(repack), FAST(half_rows), FAST(quantize_int4), FAST(attend_rows), FAST(delta_net_scratch), FAST(delta_net),
     {"versions", versions, METH_NOARGS, nullptr},
     {"has_half_rows", has_half_rows, METH_NOARGS, nullptr},
     {"has_few_rows", has_few_rows, METH_O, nullptr},

@@ -1,21 +1,19 @@
 """What multiplies by a weight of `grouped.py` on a CPU with AVX2.
 
     a few rows           kernels that read the weight as it is (`workers/nn/native/grouped_rows.py`)
-    more                 the weight is made dense, a part at a time, for torch's product
-    any, x in 8 bits     the kernels; but more of bfloat16, beside AMX, as above
+    more, in bfloat16    the same for AMX, which multiplies x as it is
+    more                 kernels for x in 8 bits; else a part of the weight is made dense for torch's product
 
 Of float16, which has no kernels, in float32.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
 from workers.nn.native import operators
-from workers.nn.native.grouped_rows import grouped_versions, multiply, widen
+from workers.nn.native.grouped_rows import TILES, grouped_versions, multiply, widen
 from workers.nn.native.huge_pages import collapse
 from workers.nn.weights.base import Activations
 from workers.nn.weights.grouped import TILE_NUMBERS, GroupedWeight, NumberKind
@@ -23,7 +21,8 @@ from workers.nn.weights.grouped import TILE_NUMBERS, GroupedWeight, NumberKind
 # Rows, up to which the kernels are faster than a dense product and what it needs first. In float32; and in
 # bfloat16, where the processor multiplies these in one instruction, or in tiles.
 FEW = {NumberKind.INT4: 48, NumberKind.INT8: 48, NumberKind.FP8: 32}
-FEW_HALF, FEW_BESIDE_TILES = 16, 64  # the second one: with x in 8 bits
+FEW_HALF = 16
+FEW_BESIDE_TILES = {True: 10, False: 5}  # by whether they have 8 bits; with AMX
 
 
 class CpuProduct:
@@ -32,7 +31,8 @@ class CpuProduct:
         if activations is Activations.INT8 and weight.kind is NumberKind.FP8:
             raise ValueError("activations are in 8 bits, but weights in FP8 have no kernel for these")
         self._weight, self._activations = weight, activations
-        self._kernel = grouped_versions()[-1]
+        *_, self._kernel = (name for name in grouped_versions() if name != TILES)
+        self._has_tiles = TILES in grouped_versions()
         collapse(weight.numbers.data_ptr(), weight.numbers.numel() * weight.numbers.itemsize)
         self._half = operators.kernels.rows_versions()  # what this processor has for products in bfloat16
 
@@ -42,7 +42,10 @@ class CpuProduct:
             wide = (None if part is None else part.float() for part in (bias, residual))
             return self(x.float(), *wide).to(x.dtype)
         is_quantized = self.is_quantized(x.dtype)
-        if len(x) <= self._few(x.dtype, is_quantized):
+        has_tiles = self._has_tiles and x.dtype is torch.bfloat16
+        if has_tiles and len(x) > FEW_BESIDE_TILES[is_quantized]:
+            return multiply(TILES, self._weight, x, bias, residual, is_quantized=False)
+        if is_quantized or len(x) <= self._few(x.dtype):
             return multiply(self._kernel, self._weight, x, bias, residual, is_quantized)
         out = self.multiply_dense(x)
         if bias is not None:
@@ -55,11 +58,8 @@ class CpuProduct:
             return False
         return self._activations is Activations.INT8 or dtype is torch.bfloat16
 
-    def _few(self, dtype: torch.dtype, is_quantized: bool) -> int:
-        has_products = dtype is torch.bfloat16 and bool(self._half)
-        if is_quantized:
-            return FEW_BESIDE_TILES if has_products and "amx_bf16" in self._half else sys.maxsize
-        return FEW_HALF if has_products else FEW[self._weight.kind]
+    def _few(self, dtype: torch.dtype) -> int:
+        return FEW_HALF if dtype is torch.bfloat16 and self._half else FEW[self._weight.kind]
 
     def multiply_dense(self, x: Tensor) -> Tensor:
         """x Wᵀ, by dense parts of the weight."""
