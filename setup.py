@@ -1,8 +1,12 @@
 """The native kernels for CPUs. Without GCC 10 or later the package is complete without them: torch's
 operators take their place."""
 
+import hashlib
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
 FOLDER = Path("workers/nn/native")
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SOURCES = (
     "module",
     "base",
@@ -67,14 +72,13 @@ kernels = Extension(
 
 
 class BuildKernels(build_ext):
-    """Compiles as many files at once as there are cores, and nothing where what is built is the newest:
-    each `pip install` would build all anew."""
+    """Compiles as many files at once as there are cores, and none where the result is there: that has a digest
+    of what it was built of."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
-        built = FOLDER / target.name
-        needed = map(os.path.getmtime, [*extension.sources, *extension.depends, __file__])
-        if not self.force and built.exists() and built.stat().st_mtime > max(needed):
+        built, digest = FOLDER / target.name, self._digest(extension)
+        if not self.force and built.exists() and digest.encode() in built.read_bytes():
             if not (target.exists() and target.samefile(built)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(built, target)
@@ -82,18 +86,32 @@ class BuildKernels(build_ext):
         compile_files = self.compiler.compile
 
         def compile_side_by_side(sources: list[str], **options: object) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(NUM_CORES) as pool:
                 objects = pool.map(lambda source: compile_files([source], **options), sources)
                 return [name for names in objects for name in names]
 
         self.compiler.compile = compile_side_by_side
+        macros = extension.define_macros
         try:
+            extension.define_macros = [*macros, ("DIGEST", f'"{digest}"')]
             super().build_extension(extension)
         except CCompilerError:  # AMX needs GCC 11: an older compiler builds the rest
             extension.sources = [path for path in extension.sources if "amx" not in path]
-            extension.define_macros.append(("NO_AMX", "1"))
+            extension.define_macros = [*macros, ("NO_AMX", "1")]
             self.force = True  # sources that were compiled for the whole
             super().build_extension(extension)
+
+    def _digest(self, extension: Extension) -> str:
+        command = list(getattr(self.compiler, "compiler_so", ()))
+        version = (
+            subprocess.run([*command[:1], "--version"], capture_output=True, check=False).stdout
+            if command
+            else b""
+        )
+        found = hashlib.sha256(repr([platform.machine(), sys.version, command]).encode() + version)
+        for name in [*extension.sources, *extension.depends, __file__]:
+            found.update(Path(name).read_bytes())
+        return found.hexdigest()
 
 
 setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})

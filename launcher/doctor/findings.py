@@ -102,7 +102,10 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
     if not facts.compiler:
         what = "install g++ 10 or later and Python's headers, then the package again"
     else:
-        what = f"install the package again with pip -v, which tells what the compiler says ({facts.compiler})"
+        what = (
+            "remove workers/nn/native/_kernels*.so and install the package again with pip -v, which tells "
+            f"what the compiler says ({facts.compiler})"
+        )
     yield Finding("warning", "kernels", text, what)
 
 

@@ -98,6 +98,13 @@ def test_any_number_of_outputs(kernel: str, out: int) -> None:
             assert_near(multiply(kernel, weight, x.to(dtype), None, None, is_quantized), plain)
 
 
+def test_more_rows_than_a_cache_has_room_for(kernel: str) -> None:
+    weight, x = weight_of(INT4, True, LAYOUTS["one, long"], 40), torch.randn(333, 2080)
+    for dtype in types_of(kernel, False):
+        plain = F.linear(x.to(dtype).double(), weight.widened(slice(None), torch.float32).double())
+        assert_near(multiply(kernel, weight, x.to(dtype), None, None, False), plain)
+
+
 @EVERY_KIND
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
 def test_widened_weights_are_those_of_torch(

@@ -32,9 +32,9 @@ static inline void multiply(float* out, const bf16* a, const bf16* b, long steps
     __asm__ volatile("" ::: "memory");  // the compiler does not see what tiles read and write
     if (adds) {
         _tile_loadd(0, out, 64);
-        _tile_loadd(1, out + 256, 64);
-        if (A == 2) _tile_loadd(2, out + 512, 64);
-        if (A == 2) _tile_loadd(3, out + 768, 64);
+        _tile_loadd(1, (out + 256), 64);
+        if (A == 2) _tile_loadd(2, (out + 512), 64);
+        if (A == 2) _tile_loadd(3, (out + 768), 64);
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -44,18 +44,18 @@ static inline void multiply(float* out, const bf16* a, const bf16* b, long steps
     for (long step = 0; step < steps; step++, a += 1024, b += 1024) {
         _tile_loadd(6, b, 64);
         _tile_loadd(4, a, 64);
-        _tile_loadd(7, b + 512, 64);
+        _tile_loadd(7, (b + 512), 64);
         _tile_dpbf16ps(0, 4, 6);
-        if (A == 2) _tile_loadd(5, a + 512, 64);
+        if (A == 2) _tile_loadd(5, (a + 512), 64);
         _tile_dpbf16ps(1, 4, 7);
         if (A == 2) _tile_dpbf16ps(2, 5, 6);
         if (A == 2) _tile_dpbf16ps(3, 5, 7);
         beside(step * share, (step + 1) * share);
     }
     _tile_stored(0, out, 64);
-    _tile_stored(1, out + 256, 64);
-    if (A == 2) _tile_stored(2, out + 512, 64);
-    if (A == 2) _tile_stored(3, out + 768, 64);
+    _tile_stored(1, (out + 256), 64);
+    if (A == 2) _tile_stored(2, (out + 512), 64);
+    if (A == 2) _tile_stored(3, (out + 768), 64);
     beside(steps * share, PARTS);
     __asm__ volatile("" ::: "memory");
 }
@@ -79,24 +79,24 @@ static inline void product_tiles(const DeltaProduct<bf16>& job, float* c, const 
     } else {
         _tile_loadd(0, c, c_bytes);
         _tile_loadd(2, lower, c_bytes);
-        if (B == 2) _tile_loadd(1, c + 16, c_bytes);
-        if (B == 2) _tile_loadd(3, lower + 16, c_bytes);
+        if (B == 2) _tile_loadd(1, (c + 16), c_bytes);
+        if (B == 2) _tile_loadd(3, (lower + 16), c_bytes);
     }
     for (long k = 0; k < job.depth; k += 32) {
         const bf16* right = b + k * job.b_stride;
         _tile_loadd(6, right, b_bytes);
-        _tile_loadd(4, a + k, a_bytes);
+        _tile_loadd(4, (a + k), a_bytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, a + 16 * job.a_stride + k, a_bytes);
+        _tile_loadd(5, (a + 16 * job.a_stride + k), a_bytes);
         _tile_dpbf16ps(2, 5, 6);
-        if (B == 2) _tile_loadd(7, right + 32, b_bytes);
+        if (B == 2) _tile_loadd(7, (right + 32), b_bytes);
         if (B == 2) _tile_dpbf16ps(1, 4, 7);
         if (B == 2) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c, c_bytes);
     _tile_stored(2, lower, c_bytes);
-    if (B == 2) _tile_stored(1, c + 16, c_bytes);
-    if (B == 2) _tile_stored(3, lower + 16, c_bytes);
+    if (B == 2) _tile_stored(1, (c + 16), c_bytes);
+    if (B == 2) _tile_stored(3, (lower + 16), c_bytes);
     __asm__ volatile("" ::: "memory");
 }
 

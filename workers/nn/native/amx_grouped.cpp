@@ -105,14 +105,15 @@ static inline void open_output(const Layout& layout, const Output& of, long star
 
 // ---- Products
 
+// Pointers are in parentheses, since early versions of gcc 11 add to them as to numbers of bytes.
 // `BLOCKS` blocks of rows times opened inputs of PAIR outputs, added to totals.
 template <int BLOCKS>
 static inline void multiply(const bf16* weight, long num_inputs, const char* x, long block_bytes, float* totals) {
     asm volatile("" ::: "memory");  // gcc does not know that tiles are loaded from memory
     _tile_loadd(0, totals, 4 * PAIR);
-    _tile_loadd(1, totals + TILE * PAIR, 4 * PAIR);
-    if (BLOCKS == 2) _tile_loadd(2, totals + TILE, 4 * PAIR);
-    if (BLOCKS == 2) _tile_loadd(3, totals + TILE * PAIR + TILE, 4 * PAIR);
+    _tile_loadd(1, (totals + TILE * PAIR), 4 * PAIR);
+    if (BLOCKS == 2) _tile_loadd(2, (totals + TILE), 4 * PAIR);
+    if (BLOCKS == 2) _tile_loadd(3, (totals + TILE * PAIR + TILE), 4 * PAIR);
     constexpr long BYTES = 2 * TILE * STEP;  // of a tile
     for (long i = 0; i < num_inputs; i += STEP, x += BYTES) {
         for (long line = BYTES; line < 2 * BYTES && BLOCKS == 2; line += 64) {  // the next tiles
@@ -120,18 +121,18 @@ static inline void multiply(const bf16* weight, long num_inputs, const char* x, 
             _mm_prefetch(x + block_bytes + line, _MM_HINT_T0);
         }
         _tile_loadd(6, x, 64);
-        _tile_loadd(4, weight + i, 2 * SPAN);
+        _tile_loadd(4, (weight + i), 2 * SPAN);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, weight + TILE * SPAN + i, 2 * SPAN);
+        _tile_loadd(5, (weight + TILE * SPAN + i), 2 * SPAN);
         _tile_dpbf16ps(1, 5, 6);
         if (BLOCKS == 2) _tile_loadd(7, x + block_bytes, 64);
         if (BLOCKS == 2) _tile_dpbf16ps(2, 4, 7);
         if (BLOCKS == 2) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, totals, 4 * PAIR);
-    _tile_stored(1, totals + TILE * PAIR, 4 * PAIR);
-    if (BLOCKS == 2) _tile_stored(2, totals + TILE, 4 * PAIR);
-    if (BLOCKS == 2) _tile_stored(3, totals + TILE * PAIR + TILE, 4 * PAIR);
+    _tile_stored(1, (totals + TILE * PAIR), 4 * PAIR);
+    if (BLOCKS == 2) _tile_stored(2, (totals + TILE), 4 * PAIR);
+    if (BLOCKS == 2) _tile_stored(3, (totals + TILE * PAIR + TILE), 4 * PAIR);
     asm volatile("" ::: "memory");
 }
 

@@ -59,10 +59,10 @@ static void two_by_two(const char* x, const char* weight, long blocks, const cha
     _tile_zero(2);
     _tile_zero(3);
     for (long i = 0; i < blocks; i++) {
-        _tile_loadd(4, x + i * TILE, BLOCK);
-        _tile_loadd(6, weight + i * STEP, 4 * OUTPUTS);
-        _tile_loadd(7, weight + i * STEP + BLOCK, 4 * OUTPUTS);
-        _tile_loadd(5, below + i * TILE, BLOCK);
+        _tile_loadd(4, (x + i * TILE), BLOCK);
+        _tile_loadd(6, (weight + i * STEP), 4 * OUTPUTS);
+        _tile_loadd(7, (weight + i * STEP + BLOCK), 4 * OUTPUTS);
+        _tile_loadd(5, (below + i * TILE), BLOCK);
         for (long line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);
@@ -70,9 +70,9 @@ static void two_by_two(const char* x, const char* weight, long blocks, const cha
         _tile_dpbssd(3, 5, 7);
     }
     _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 16 * 32, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
+    _tile_stored(1, (sums + 16), 128);
+    _tile_stored(2, (sums + 16 * 32), 128);
+    _tile_stored(3, (sums + 16 * 32 + 16), 128);
 }
 
 // 16 rows and one block of inputs, times a panel.
@@ -81,11 +81,11 @@ static inline void step_of_four(const char* x, const char* weight) {
     _tile_loadd(4, x, BLOCK);
     _tile_loadd(5, weight, 4 * OUTPUTS);
     _tile_dpbssd(0, 4, 5);
-    _tile_loadd(6, weight + BLOCK, 4 * OUTPUTS);
+    _tile_loadd(6, (weight + BLOCK), 4 * OUTPUTS);
     _tile_dpbssd(1, 4, 6);
-    _tile_loadd(7, weight + 2 * BLOCK, 4 * OUTPUTS);
+    _tile_loadd(7, (weight + 2 * BLOCK), 4 * OUTPUTS);
     _tile_dpbssd(2, 4, 7);
-    _tile_loadd(5, weight + 3 * BLOCK, 4 * OUTPUTS);
+    _tile_loadd(5, (weight + 3 * BLOCK), 4 * OUTPUTS);
     _tile_dpbssd(3, 4, 5);
 }
 
@@ -110,9 +110,9 @@ static void one_by_four(const QuantizedRows& job, const char* x, const char* wei
         }
     }
     _tile_stored(0, sums, 256);
-    _tile_stored(1, sums + 16, 256);
-    _tile_stored(2, sums + 32, 256);
-    _tile_stored(3, sums + 48, 256);
+    _tile_stored(1, (sums + 16), 256);
+    _tile_stored(2, (sums + 32), 256);
+    _tile_stored(3, (sums + 48), 256);
 }
 
 static void finish_rows(const QuantizedRows& job, const int* sums, long width, long row, long count, long output) {

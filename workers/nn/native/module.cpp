@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr long INTERFACE = 9;  // to be raised with every change of arguments; operators.py has the same
+constexpr long INTERFACE = 10;  // to be raised with every change of arguments; operators.py has the same
 
 struct Version {
     const char* name;
@@ -457,5 +457,8 @@ PyMODINIT_FUNC PyInit__kernels() {
         if (!chosen_rows && version.is_supported()) chosen_rows = &version;
     PyObject* module = PyModule_Create(&MODULE);
     if (module && PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0) Py_CLEAR(module);
+#if defined(DIGEST)
+    if (module && PyModule_AddStringConstant(module, "DIGEST", DIGEST) < 0) Py_CLEAR(module);  // setup.py looks for it
+#endif
     return module;
 }

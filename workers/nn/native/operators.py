@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-INTERFACE = 9  # of module.cpp
+INTERFACE = 10  # of module.cpp
 kernels: Any = None
 with contextlib.suppress(ImportError):
     kernels = importlib.import_module("workers.nn.native._kernels")

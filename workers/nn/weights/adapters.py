@@ -8,7 +8,8 @@ none, for the rows of other requests.
 
 The base's product is one for all rows. What is added to it depends on how many rows a step has. Few rows, of
 several adapters: one product with the first matrices of all adapters side by side, zeros where a row has
-another adapter, and one with all second matrices. Many rows: two products for each adapter, of its rows.
+another adapter, and one with all second matrices, or, of many columns, one for each layer computed as a part
+of this one. Many rows: two products for each adapter, of its rows.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from workers.nn.weights.shard import WHOLE, Shard
 
 NO_ADAPTER = -1
 FEW_ROWS = 32  # up to which the matrices of other adapters cost less than more products do
+FEW_COLUMNS = 256  # up to which the zeros of a second matrix for several parts cost less than more products
 MOST_UNUSED = 2  # adapters for each one in the step, beyond which they do not
 Rows = slice | Tensor  # of a step; a tensor [n] int64
 _Pairs = Mapping[int, tuple[Tensor, Tensor]]  # A and B of a layer, by adapter
@@ -51,6 +53,7 @@ class _LowRank(NamedTuple):
     first: Tensor  # [columns, in_features], of all parts
     owners: tuple[int, ...]  # the adapter of each column
     parts: Sequence[_Part]
+    products: Sequence[tuple[slice, slice, Tensor]]  # second ones of all: outputs, columns, matrix
 
 
 class StepAdapters(ABC):
@@ -99,8 +102,8 @@ class MaskedRows(StepAdapters):
             others = self._others[low_rank.owners] = self._numbers != torch.cat(owners, dim=1)
         # Not a product with zeros: what another adapter makes of a row may be infinite.
         made = F.linear(x, low_rank.first).masked_fill_(others, 0)
-        for part in low_rank.parts:
-            out[:, part.outputs].addmm_(made[:, part.columns], part.second.t())
+        for outputs, columns, second in low_rank.products:
+            out[:, outputs].addmm_(made[:, columns], second.t())
 
 
 class _Step:
@@ -191,7 +194,8 @@ class AdapterSet:
                 parts.append(_Part(outputs, columns, second, places))
             num_before += size
         self._loaded.update(modules)
-        return AdaptedLinear(base, _LowRank(torch.cat(firsts), tuple(owners), parts), self._step)
+        low_rank = _LowRank(torch.cat(firsts), tuple(owners), parts, _products(base.out_features, parts))
+        return AdaptedLinear(base, low_rank, self._step)
 
     def _read(self, module: str, rows: Shard, columns: Shard) -> _Pairs:
         """By adapter: A [rank, in] and B [out, rank], scaled, of the outputs in `rows`, inputs in
@@ -279,6 +283,16 @@ class AdapterSet:
         if rows[-1] - rows[0] + 1 == len(rows):
             return slice(int(rows[0]), int(rows[-1]) + 1)
         return to_device(rows, self._device)
+
+
+def _products(out_features: int, parts: Sequence[_Part]) -> Sequence[tuple[slice, slice, Tensor]]:
+    num_columns = parts[-1].columns.stop
+    if len(parts) == 1 or num_columns > FEW_COLUMNS:
+        return [(part.outputs, part.columns, part.second) for part in parts]
+    second = parts[0].second.new_zeros(out_features, num_columns)
+    for part in parts:
+        second[part.outputs, part.columns] = part.second
+    return [(slice(None), slice(None), second)]
 
 
 def _num_outputs(total: int, shards: Sequence[Shard], read: Sequence[_Pairs]) -> Sequence[int]:

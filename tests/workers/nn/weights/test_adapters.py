@@ -15,7 +15,15 @@ from torch import Tensor
 
 from pipeline.adapters import read_adapter
 from workers.nn.loader import Checkpoint
-from workers.nn.weights.adapters import FEW_ROWS, AdaptedLinear, AdapterSet, GroupedRows, MaskedRows
+from workers.nn.weights import adapters as adapters_module
+from workers.nn.weights.adapters import (
+    FEW_COLUMNS,
+    FEW_ROWS,
+    AdaptedLinear,
+    AdapterSet,
+    GroupedRows,
+    MaskedRows,
+)
 from workers.nn.weights.base import Format
 from workers.nn.weights.dense import Dense
 from workers.nn.weights.int8 import Int8
@@ -107,10 +115,15 @@ def test_each_row_has_its_own_adapter(numbers: list[int], format: Format, folder
     assert torch.equal(found[without], before[without]), "these rows have none"
 
 
-def test_both_ways_to_compute_are_one(folder: Path) -> None:
+@pytest.mark.parametrize(("few_columns", "num_products"), [(FEW_COLUMNS, 1), (8, 3)])
+def test_both_ways_to_compute_are_one(
+    few_columns: int, num_products: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters_module, "FEW_COLUMNS", few_columns)
     weights, _ = opened(folder)
     qkv = weights.column(QKV, HEADS)
     assert isinstance(qkv, AdaptedLinear)
+    assert len(qkv._low_rank.products) == num_products
     x, numbers = torch.randn(7, 10), torch.tensor(MIXES["few rows of all"])
     masked, grouped = torch.zeros(7, 24), torch.zeros(7, 24)
     MaskedRows(numbers).add(masked, x, qkv._low_rank)
