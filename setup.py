@@ -72,8 +72,8 @@ kernels = Extension(
 
 
 class BuildKernels(build_ext):
-    """Compiles as many files at once as there are cores. What is built has a digest of its sources: where that
-    is the same nothing is compiled."""
+    """Compiles as many files at once as there are cores. What is built has a digest of its sources: where
+    that is the same nothing is compiled."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
