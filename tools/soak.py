@@ -320,9 +320,15 @@ class Soak:
         self.found.restarts.setdefault(victim.rpartition(".")[0], []).append(time.monotonic() - start)
 
     async def _holdings(self, client: PipelineClient) -> dict[str, dict[str, int]]:
-        """What each worker holds when nothing is open."""
-        await asyncio.sleep(SETTLE_S)
-        pids = self.pids()
+        """What each worker holds when nothing is open, and all are there again: a node whose link was cut may
+        begin anew after the link is up."""
+        end = time.monotonic() + RETURN_S
+        while True:
+            await asyncio.sleep(SETTLE_S)
+            pids = self.pids()
+            are_there = all(state.is_ready and str(state.worker) in pids for state in client.workers)
+            if are_there or time.monotonic() > end:
+                break
         held: dict[str, dict[str, int]] = {}
         for state in client.workers:
             name = str(state.worker)
