@@ -131,8 +131,8 @@ def test_choices_compute_the_prompt_each_for_itself(folder: Path, answers: dict[
 def test_the_way_of_a_gpu_gives_the_same_tokens(
     folder: Path, answers: dict[str, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton's kernels in the interpreter, with padded batches of two choices. Prompts are in chunks, as in 16
-    bits."""
+    """Triton's kernels in the interpreter, with padded batches of two choices. Prompts are in chunks, as in
+    16 bits."""
     from workers.nn.delta import triton
 
     monkeypatch.setattr(triton, "WALKED", ())
