@@ -53,6 +53,7 @@ kernels = Extension(
             "kernels.h",
             "threads.h",
             "avx512_rows.h",
+            "amx_tiles.h",
         )
     ],
     # Not linked with OpenMP: its functions are those that torch has loaded, so that both share their threads.

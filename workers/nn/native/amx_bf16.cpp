@@ -4,6 +4,7 @@
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #include <immintrin.h>
 
+#include "amx_tiles.h"
 #include "threads.h"
 #define ISA amx_bf16
 #define LANES 16
@@ -12,13 +13,7 @@ namespace amx_bf16 {
 
 #include "vectors.inc"
 
-static inline void begin() {
-    struct alignas(64) { unsigned char palette, start, reserved[14]; unsigned short bytes[16]; unsigned char rows[16]; } sizes = {};
-    sizes.palette = 1;
-    for (int tile = 0; tile < 8; tile++) sizes.bytes[tile] = 64, sizes.rows[tile] = 16;
-    __asm__ volatile("" ::"r"(&sizes) : "memory");  // GCC 12 takes what is loaded here for unused
-    _tile_loadconfig(&sizes);
-}
+static inline void begin() { _tile_loadconfig(&WHOLE_TILES); }
 static inline void end() { _tile_release(); }
 
 // out = a · b, or out += a · b: A by 2 tiles, over `steps`. Each step has two tiles of a, of which A are used, and two of b.

@@ -7,6 +7,7 @@
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
 #include <immintrin.h>
 
+#include "amx_tiles.h"
 #include "threads.h"
 #define ISA amx_grouped
 #define LANES 16
@@ -19,16 +20,6 @@ namespace amx_grouped {
 constexpr long TILE = 16, PAIR = 2 * TILE;  // outputs or rows
 constexpr long STEP = 32, SPAN = 256;       // inputs of a tile, and of a part of the weight
 constexpr long NEAR = 5 << 18;              // bytes of x that stay in the second cache while the weight passes by
-
-struct alignas(64) Shapes {
-    unsigned char palette, start, reserved[14];
-    unsigned short columns[16];  // bytes
-    unsigned char rows[16];
-};
-
-// Tiles 0 to 3 are sums, 4 and 5 the weight, 6 and 7 x. A constant, since gcc 12 drops stores of which only
-// `_tile_loadconfig` reads.
-constexpr Shapes SHAPES{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // What is known of a job.
 struct Layout {
@@ -105,7 +96,7 @@ static inline void open_output(const Layout& layout, const Output& of, long star
 
 // ---- Products
 
-// Pointers are in parentheses, since early versions of gcc 11 add to them as to numbers of bytes.
+// Tiles 0 to 3 are sums, 4 and 5 the weight, 6 and 7 x. Pointers are in parentheses, since early versions of gcc 11 add to them as to numbers of bytes.
 // `BLOCKS` blocks of rows times opened inputs of PAIR outputs, added to totals.
 template <int BLOCKS>
 static inline void multiply(const bf16* weight, long num_inputs, const char* x, long block_bytes, float* totals) {
@@ -136,20 +127,20 @@ static inline void multiply(const bf16* weight, long num_inputs, const char* x, 
     asm volatile("" ::: "memory");
 }
 
-template <class Number>
 static inline void write(const GroupedRows& job, vf y, long row, long output, long width) {
     const long at = row * job.out_features + output;
-    Number* out = (Number*)job.out + at;
+    const bf16 *bias = (const bf16*)job.bias + output, *residual = (const bf16*)job.residual + at;
+    bf16* out = (bf16*)job.out + at;
     if (width == TILE) {
-        if (job.bias) y += load((const Number*)job.bias + output);
-        if (job.residual) y += load((const Number*)job.residual + at);
+        if (job.bias) y += load(bias);
+        if (job.residual) y += load(residual);
         store(out, y);
         return;
     }
     for (long i = 0; i < width; i++) {
         float one = y[i];
-        if (job.bias) one += to_float(((const Number*)job.bias)[output + i]);
-        if (job.residual) one += to_float(((const Number*)job.residual)[at + i]);
+        if (job.bias) one += to_float(bias[i]);
+        if (job.residual) one += to_float(residual[i]);
         from_float(out + i, one);
     }
 }
@@ -161,10 +152,7 @@ static void finish(const Layout& layout, const float* totals, long block, long o
     __m512i r[TILE];
     for (int i = 0; i < TILE; i++) r[i] = _mm512_load_si512(totals + i * PAIR);
     transpose(r);
-    for (long i = 0, row = block * TILE; i < TILE && row < job.rows; i++, row++) {
-        if (job.is_half) write<bf16>(job, (vf)r[i], row, output, width);
-        else write<float>(job, (vf)r[i], row, output, width);
-    }
+    for (long i = 0, row = block * TILE; i < TILE && row < job.rows; i++, row++) write(job, (vf)r[i], row, output, width);
 }
 
 // The blocks of rows from `first` to `stop` times PAIR outputs.
@@ -208,7 +196,7 @@ void rows(const GroupedRows& job) {
     #pragma omp parallel
     {
         float* totals = layout.totals + omp_get_thread_num() * layout.totals_of_thread();
-        _tile_loadconfig(&SHAPES);
+        _tile_loadconfig(&WHOLE_TILES);
         for (long block = 0; block < layout.blocks; block += at_once) {
             const long stop = block + at_once < layout.blocks ? block + at_once : layout.blocks;
             #pragma omp for schedule(dynamic, chunk)

@@ -8,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "amx_tiles.h"
 #include "avx512_rows.h"
 #include "threads.h"
 
@@ -15,15 +16,6 @@ namespace amx_int8 {
 
 constexpr long TILE_ROWS = 16, TILE = TILE_ROWS * BLOCK;  // bytes
 constexpr long NEAR = 5 << 18;  // bytes of x that stay in the second cache while the panels pass by
-
-struct alignas(64) Shapes {
-    unsigned char palette, start, reserved[14];
-    unsigned short columns[16];  // bytes
-    unsigned char rows[16];
-};
-
-// A constant, since gcc 12 drops stores of which only `_tile_loadconfig` reads.
-constexpr Shapes SHAPES{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // Numbers that were written before are in memory: gcc does not know that tiles are loaded from there.
 static inline void settle() { asm volatile("" ::: "memory"); }
@@ -163,7 +155,7 @@ void rows(const QuantizedRows& job) {
     const long share = count / (4 * omp_get_max_threads()), chunk = share ? share : 1;
     #pragma omp parallel
     {
-        _tile_loadconfig(&SHAPES);
+        _tile_loadconfig(&WHOLE_TILES);
         for (long row = 0; row < job.rows; row += part) {
             const long stop = row + part < job.rows ? row + part : job.rows;
             #pragma omp for schedule(dynamic, chunk)

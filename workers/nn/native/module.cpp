@@ -169,6 +169,17 @@ bool has_vnni() {
 #endif
 }
 
+// Of a table, by its name. Null, and an error, where this processor has none of this name.
+template <class Version, size_t COUNT>
+const Version* version_of(const Version (&versions)[COUNT], PyObject* given) {
+    const char* name = PyUnicode_AsUTF8AndSize(given, nullptr);
+    if (!name) return nullptr;
+    for (const Version& version : versions)
+        if (!std::strcmp(name, version.name) && version.is_supported()) return &version;
+    PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
+    return nullptr;
+}
+
 struct QuantizedVersion {
     const char* name;
     bool (*is_supported)();
@@ -191,12 +202,8 @@ const QuantizedVersion QUANTIZED_VERSIONS[] = {
 
 PyObject* quantized_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!has_count(count, 17)) return nullptr;
-    const char* name = PyUnicode_AsUTF8AndSize(*values++, nullptr);
-    if (!name) return nullptr;
-    const QuantizedVersion* found = nullptr;
-    for (const QuantizedVersion& version : QUANTIZED_VERSIONS)
-        if (!std::strcmp(name, version.name) && version.is_supported()) found = &version;
-    if (!found) return PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
+    const QuantizedVersion* found = version_of(QUANTIZED_VERSIONS, *values++);
+    if (!found) return nullptr;
     Arguments a{values};
     QuantizedRows job{a.address(), a.address(), a.address(), a.address(), a.address(), (const int*)a.address(), (const float*)a.address(),
                       (char*)a.address(), (float*)a.address(), (char*)a.address(), a.number(), a.number(), a.number(), a.number(), a.number(), a.number() != 0};
@@ -239,25 +246,15 @@ const GroupedVersion GROUPED_VERSIONS[] = {
     {"vnni", has_vnni, avx512_grouped::scratch, avx512_grouped::rows, avx512_grouped::widen},
 #endif
 #if defined(HAS_AMX)
-    {"amx", [] { return has_int8_tiles() && has_amx(); }, amx_grouped::scratch, amx_grouped::rows, avx512_grouped::widen},
+    {"amx", [] { return has_vnni() && has_amx(); }, amx_grouped::scratch, amx_grouped::rows, avx512_grouped::widen},
 #endif
     {"none", none, nullptr, nullptr, nullptr},
 };
 
-// Null, and an error, where this processor has none of this name.
-const GroupedVersion* grouped_version(PyObject* given) {
-    const char* name = PyUnicode_AsUTF8AndSize(given, nullptr);
-    if (!name) return nullptr;
-    for (const GroupedVersion& version : GROUPED_VERSIONS)
-        if (!std::strcmp(name, version.name) && version.is_supported()) return &version;
-    PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
-    return nullptr;
-}
-
 // The name of a version, then all of a job.
 PyObject* grouped(void (*GroupedVersion::*kernel)(const GroupedRows&), PyObject* const* values, Py_ssize_t count) {
     if (!has_count(count, 18)) return nullptr;
-    const GroupedVersion* found = grouped_version(*values++);
+    const GroupedVersion* found = version_of(GROUPED_VERSIONS, *values++);
     if (!found) return nullptr;
     Arguments a{values};
     GroupedRows job{a.address(), a.address(), a.address(), (const float*)a.address(), (const unsigned char*)a.address(), a.address(),
@@ -270,7 +267,7 @@ PyObject* grouped(void (*GroupedVersion::*kernel)(const GroupedRows&), PyObject*
 
 PyObject* grouped_scratch(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!has_count(count, 5)) return nullptr;
-    const GroupedVersion* found = grouped_version(*values++);
+    const GroupedVersion* found = version_of(GROUPED_VERSIONS, *values++);
     if (!found) return nullptr;
     Arguments a{values};
     GroupedRows job{};
