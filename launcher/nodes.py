@@ -255,16 +255,15 @@ class Nodes:
             )
 
 
+def _reports_of(unit: Unit) -> list[WorkerReport]:
+    processes = [child.process for child in unit.children.values()]
+    return [one.report for one in processes if isinstance(one, FarProcess) and one.report]
+
+
 def executed_by(unit: Unit) -> tuple[bytes, ...]:
     """Digests of the requests that a dead unit of another node executed, as far as the node could say."""
-    reports = [
-        child.process.report for child in unit.children.values() if isinstance(child.process, FarProcess)
-    ]
-    return tuple(sorted({digest for report in reports if report for digest in report.executed}))
+    return tuple(sorted({digest for report in _reports_of(unit) for digest in report.executed}))
 
 
 def has_worked(unit: Unit) -> bool:
-    reports = [
-        child.process.report for child in unit.children.values() if isinstance(child.process, FarProcess)
-    ]
-    return any(report.has_worked for report in reports if report)
+    return any(report.has_worked for report in _reports_of(unit))

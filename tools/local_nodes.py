@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launcher.announcement import SERVING
 from tools.processes import children_of, cpu_seconds, free_port, workers_of
 
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4")
@@ -84,9 +85,9 @@ class Launchers:
     def _has_started(self, rank: int, num_joined_before: int) -> bool:
         if rank:
             return self.log(rank).count("has joined") > num_joined_before
-        said = [line for line in self.log(0).splitlines() if line.startswith("Serving at ")]
-        self.url = said[0].split()[2].removesuffix("/v1") if said else ""
-        return bool(said)
+        said = next(filter(None, map(SERVING.match, self.log(0).splitlines())), None)
+        self.url = said[1] if said else ""
+        return said is not None
 
     def workers(self) -> dict[str, int]:
         """Process ids of the workers on all nodes, by name."""

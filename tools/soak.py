@@ -282,7 +282,7 @@ class Soak:
             await asyncio.sleep(pause)
             victim = victims[number] if number < len(victims) else self._rng.choice(victims)
             await self.strike(client, victim)
-            if self.found.kills.total() == self._args.kills:
+            if 0 < self._args.kills <= self.found.kills.total():
                 self._has_killed_enough = True
                 return
 

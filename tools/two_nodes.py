@@ -11,14 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import zmq
-
 from launcher.members import doors_of
 from pipeline.config import CarrierConfig, ClusterConfig, Config, VitConfig
 from pipeline.process.process import Placement, ShutdownRequested, WorkerContext, WorkerSpec
 from pipeline.transport.cluster import Cluster, NodeSpec, listen_at, url_of
 from pipeline.transport.ends import Receiver
-from pipeline.transport.keys import KeyPair
+from pipeline.transport.joining import new_keys
 from pipeline.transport.slots import SlotAllocator, align
 from pipeline.transport.sockets import Sockets
 from pipeline.transport.tensors import TensorPool
@@ -64,7 +62,7 @@ class TwoNodes:
         it has ended; None: in a thread."""
         self._start = start or self._start_thread
         self.folder, self.epochs = folder, dict.fromkeys(WORKERS, 1)
-        self._keys = [KeyPair(*zmq.curve_keypair()) for _ in range(2)]
+        self._keys = [new_keys() for _ in range(2)]
         self._config = Config(
             cluster=ClusterConfig(nnodes=2, master_addr="127.0.0.1", node_token_file="x"),
             vit=VitConfig(vit=1), carrier=CarrierConfig(carrier=carrier, carrier_pool_mib=1),

@@ -52,7 +52,7 @@ class ClusterConfig:
     node_timeout: float = option(
         10.0,
         "seconds without a word from the head after which a node kills its workers; the head counts it as "
-        "lost after one and a half times as many",
+        "lost after one and a half times as many, at least 5 s more",
         metavar="SECONDS",
     )
     nodes_per_group: int = option(
@@ -77,8 +77,8 @@ class ClusterConfig:
     )
     ray_gpus: int | None = option(
         None,
-        "GPUs that Ray sets aside for each node (default: one for each LLM rank there, none with --device "
-        "cpu)",
+        "GPUs that Ray sets aside for each node (default: one for each LLM rank there, or each ViT where "
+        "there is none; none with --device cpu)",
         metavar="N",
     )
 

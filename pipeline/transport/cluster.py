@@ -18,7 +18,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from pipeline.transport.keys import KeyPair
-from pipeline.transport.tcp import set_tcp_options
+from pipeline.transport.tcp import set_tcp_options, tcp_url
 from pipeline.wire.control import PipelineState
 from pipeline.wire.errors import PipelineError
 from pipeline.wire.topology import CARRIED, Edge, Role, WorkerId
@@ -248,7 +248,7 @@ def url_of(descriptor: int) -> str:
     """The tcp address of a socket that listens."""
     with socket.socket(fileno=socket.dup(descriptor)) as listening:
         host, port = listening.getsockname()[:2]
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+    return tcp_url(host, port)
 
 
 def listen_at(address: str, ports: Iterable[int] = ()) -> socket.socket:

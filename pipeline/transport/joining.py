@@ -23,7 +23,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from pipeline.transport.keys import KeyPair
-from pipeline.transport.tcp import set_tcp_options
+from pipeline.transport.tcp import set_tcp_options, tcp_url
 from pipeline.wire.topology import NODE_EDGES, Edge, WorkerId
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,7 @@ class _Port:
         self.name = f"{host}:{port}"
 
     def url(self, edge: Edge, epochs: Mapping[WorkerId, int], rank: int = 0) -> str:
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"tcp://{host}:{self._port + NODE_EDGES.index(edge)}"
+        return tcp_url(self._host, self._port + NODE_EDGES.index(edge))
 
 
 class JoinListener(_Port):
@@ -90,7 +89,6 @@ class JoinListener(_Port):
     def __init__(self, host: str, port: int, keys: LaunchersKeys) -> None:
         super().__init__(host, port)
         self._keys = keys
-        self.num_refused = 0  # connections
 
     def open(self, context: Any) -> None:
         self._authenticator = ThreadAuthenticator(context)
@@ -99,10 +97,7 @@ class JoinListener(_Port):
 
     def callback(self, domain: str, public: bytes) -> bool:
         """Called by the authenticator with the public key of a launcher that connects."""
-        if public == self._keys.others.public:
-            return True
-        self.num_refused += 1
-        return False
+        return public == self._keys.others.public
 
     def prepare(self, socket: Any) -> None:
         set_tcp_options(socket)

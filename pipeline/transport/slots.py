@@ -17,6 +17,7 @@ from typing import Generic, NamedTuple, TypeVar
 from pipeline.wire.base import Order
 
 ALIGNMENT = 256  # bytes; enough for any dtype and for vector loads
+MIN_SLOTS = 3  # of the largest size, in any pool
 K = TypeVar("K", bound=Hashable)
 
 
@@ -142,6 +143,11 @@ class SlotAllocator:
 
 def align(nbytes: int) -> int:
     return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def pool_size(wanted: int, largest: int) -> int:
+    """Bytes of a pool: those wanted, but at least `MIN_SLOTS` slots of `largest` bytes, an aligned size."""
+    return align(max(wanted, MIN_SLOTS * largest))
 
 
 @dataclass(slots=True)

@@ -22,9 +22,13 @@ MAX_RECONNECT_MS = 1000  # between two attempts to connect; the first ones follo
 HEARTBEAT_MS, SILENCE_MS = 5_000, 15_000
 
 
+def tcp_url(host: str, port: int) -> str:
+    return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def tcp_address(host: str, port: int, edge: Edge) -> str:
     """The edges that clients use have consecutive ports."""
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{port + DIRECT_EDGES.index(edge)}"
+    return tcp_url(host, port + DIRECT_EDGES.index(edge))
 
 
 def set_tcp_options(socket: Any) -> None:

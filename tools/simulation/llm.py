@@ -50,7 +50,6 @@ class Group:
         self._lending = Lending()
         self._is_computing = False
         self.requests: dict[str, Request] = {}
-        self.num_steps = 0
 
     def add(self, request: Request) -> None:
         self.requests[request.request_id] = request
@@ -113,7 +112,6 @@ class Group:
         self._clock.after(seconds, done)
 
     def _collect(self, schedule: Schedule) -> None:
-        self.num_steps += 1
         sampled = [item.request for item in schedule.scheduled if item.is_sampled]
         read: list[Lease] = []
         for item in schedule.scheduled:

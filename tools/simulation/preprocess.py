@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.transport.fair import FairQueue
-from pipeline.transport.slots import OrderedSlots, Slot, SlotAllocator, align
+from pipeline.transport.slots import OrderedSlots, Slot, SlotAllocator, align, pool_size
 from pipeline.wire.base import ChunkKey, Order
 from pipeline.wire.generation import MmChunk
 from pipeline.wire.handles import TensorHandle
@@ -45,7 +45,7 @@ class Preprocess:
         self.router = Router(0)
         self._is_preparing, self._queue = False, list[Submission]()
         largest = align(largest_bytes)
-        allocator = SlotAllocator(align(max(pool_bytes, 3 * largest)), largest, MAX_SLOTS)
+        allocator = SlotAllocator(pool_size(pool_bytes, largest), largest, MAX_SLOTS)
         self._slots: OrderedSlots[ChunkKey] = OrderedSlots(allocator)
         self._waiting: FairQueue[tuple[str, int], Decoding] = FairQueue()
         self._free = list(range(num_readers - 1, -1, -1))  # processes that decode

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, assert_never
 
 from pipeline.families import VisionInfo
-from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.slots import SlotAllocator, align, pool_size
 from pipeline.wire.base import ChunkKey, GridTHW, Order
 from pipeline.wire.handles import TensorHandle
 from tools.simulation.clock import Busy, Clock, Event
@@ -38,7 +38,7 @@ class Vit:
         self._clock, self.index, self._stages, self._turns = clock, index, stages, turns
         self._listener, self._busy, self._max_patches = listener, busy, max_batch_patches
         largest = align(vision.largest_embedding(DTYPE).nbytes)
-        allocator = SlotAllocator(align(max(pool_bytes, 3 * largest)), largest, MAX_SLOTS)
+        allocator = SlotAllocator(pool_size(pool_bytes, largest), largest, MAX_SLOTS)
         self.batcher = Batcher(allocator, lambda grid: vision.embedding(grid, DTYPE))
         self._batch: list[Pending] = []
         self._left_s, self._began = 0.0, 0.0  # of the batch

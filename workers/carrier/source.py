@@ -51,7 +51,7 @@ class PieceSource:
         self._origin, self._pools, self._peers, self._epoch_of = origin, pools, peers, epoch_of
         self._sending: deque[_Sending] = deque()
         self._early: list[ReadRequest] = []  # of pools that are not announced yet
-        self.num_stale = self.num_bytes = 0
+        self.num_bytes = 0
 
     def open(self, info: PoolInfo) -> None:
         if self._pools.knows(info.pool_id, info.epoch):
@@ -72,7 +72,6 @@ class PieceSource:
             self._early.append(request)
 
     def _tell_stale(self, request: ReadRequest) -> None:
-        self.num_stale += 1
         reply = ReadReply(number=request.number, start=0, is_last=True, is_stale=True, **self._origin)
         self._peers[request.sender.rank].send(reply, (b"",))
 

@@ -18,7 +18,7 @@ from pipeline.process.process import WorkerContext
 from pipeline.transport.ends import Receiver
 from pipeline.transport.interfaces import interface_of
 from pipeline.transport.poller import Poller
-from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.slots import SlotAllocator, align, pool_size
 from pipeline.transport.tensors import PoolMap, TensorPool
 from pipeline.wire.control import WorkerState
 from pipeline.wire.handles import TensorHandle
@@ -37,7 +37,6 @@ from workers.model_info import model_info_of
 from workers.nn.loader import choose_device
 
 logger = logging.getLogger(__name__)
-MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 # A transfer by NIXL that takes longer than the first is looked at in intervals of the second.
 SPIN_S, POLL_S = 0.003, 0.001
@@ -203,6 +202,6 @@ def share_memory(
 def _make_pool(context: WorkerContext, largest: int) -> tuple[TensorPool, SlotAllocator]:
     """ViTs map one, LLM ranks the other, under the same name: no process maps both."""
     largest = align(largest)
-    nbytes = align(max(context.config.carrier.carrier_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
+    nbytes = pool_size(context.config.carrier.carrier_pool_mib * MIB, largest)
     pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
     return pool, SlotAllocator(nbytes, largest, MAX_SLOTS)

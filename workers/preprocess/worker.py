@@ -14,7 +14,7 @@ from pipeline.process.process import (
     run_async,
 )
 from pipeline.transport.ends import AsyncReceiver
-from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.slots import SlotAllocator, align, pool_size
 from pipeline.transport.tensors import TensorPool
 from pipeline.wire.base import PoolOpened
 from pipeline.wire.clients import IngestMessage
@@ -27,7 +27,6 @@ from workers.preprocess.preprocessor import Preprocessor
 
 BASE_MIB = 1024
 COPIES_OF_MEDIA = 2  # in base64, and decoded
-MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 4096
 STATS_INTERVAL_S = 1.0
 LIFE_INTERVAL_S = 0.5
@@ -66,7 +65,7 @@ class _Process:
         config, sockets = context.config, context.sockets
         info = model_info_of(context)
         largest = align(info.largest_pixel_bytes)
-        nbytes = align(max(config.preprocess.pixel_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
+        nbytes = pool_size(config.preprocess.pixel_pool_mib * MIB, largest)
         self._pool = TensorPool.on_host(str(context.worker), context.epoch, nbytes, MAX_SLOTS)
         self._vits = [sockets.sender(ENCODE, index) for index in range(config.num_vits)]
         self._carrier = context.sender_to_carrier()

@@ -25,7 +25,7 @@ from pipeline.transport.ends import Receiver, Sender, Sink
 from pipeline.transport.mapping_check import check_mapping
 from pipeline.transport.memory import CudaBindings
 from pipeline.transport.poller import Poller, Wakeup
-from pipeline.transport.slots import SlotAllocator, align
+from pipeline.transport.slots import SlotAllocator, align, pool_size
 from pipeline.transport.tensors import PoolMap, TensorPool
 from pipeline.wire.carrying import CarryMessage
 from pipeline.wire.control import ControlMessage, WorkerState
@@ -44,7 +44,6 @@ from workers.vit.slices import SliceLimit
 
 logger = logging.getLogger(__name__)
 BUILDING = "building the encoder"  # phase of a start, of unknown length
-MIN_POOL_CHUNKS = 3
 MAX_SLOTS = 8192
 STATS_INTERVAL_S = 1.0
 MEASURED_PATCHES = 64
@@ -56,7 +55,7 @@ def open_pool(
     context: WorkerContext, info: ModelInfo, config: Config, dtype: str, device_ordinal: int | None
 ) -> tuple[TensorPool, SlotAllocator]:  # fmt: skip
     largest = align(info.vision.largest_embedding(dtype).nbytes)
-    nbytes = align(max(config.vit.embedding_pool_mib * MIB, MIN_POOL_CHUNKS * largest))
+    nbytes = pool_size(config.vit.embedding_pool_mib * MIB, largest)
     allocator = SlotAllocator(nbytes, largest, MAX_SLOTS)
     name, transport = str(context.worker), config.vit.embedding_transport
     if device_ordinal is not None and transport != "host":
